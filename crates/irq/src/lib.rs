@@ -1,0 +1,132 @@
+//! Interrupts: what a device holds to raise one, and what a vCPU asks to get one.
+//!
+//! *Comes in*: lines going up and down, message-signalled interrupts. *Goes out*: vectors, NMIs, INITs
+//! and start-up IPIs, one [`LocalInterrupts`] per vCPU, and kicks.
+//!
+//! **Architecture Invariant:** an engine sees only [`LocalInterrupts`]; a device sees only [`Line`] and
+//! [`MsiMessage`]. **Architecture Invariant:** nothing here blocks.
+//!
+//! **API Boundary:** everything in this room.
+
+use std::sync::Arc;
+
+/// A global system interrupt: an input of the IOAPIC; 0-15 also reach the 8259 pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Gsi(pub u32);
+
+/// What became of an interrupt request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// It is now pending at a local APIC or PIC.
+    Accepted,
+    /// It was pending already and merged with that.
+    Coalesced,
+    /// Its line is masked or no vCPU takes it.
+    Masked,
+}
+
+/// A message-signalled interrupt (PCI 3.0, 6.8.1; Intel SDM vol. 3A, 11.11).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct MsiMessage {
+    /// Message address.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+}
+
+/// The interrupt chips of one machine: IOAPIC, PICs and local APICs, wherever they are made.
+pub trait IrqChip: Send + Sync {
+    /// Sets the level of input `gsi`.
+    fn set_line(&self, gsi: Gsi, level: bool) -> Delivery;
+    /// Delivers a message-signalled interrupt.
+    fn signal_msi(&self, message: MsiMessage) -> Delivery;
+}
+
+/// One input of the chip, held by one device.
+#[derive(Clone)]
+pub struct Line {
+    chip: Arc<dyn IrqChip>,
+    gsi: Gsi,
+}
+
+impl Line {
+    /// The input `gsi` of `chip`.
+    #[must_use]
+    pub fn new(chip: Arc<dyn IrqChip>, gsi: Gsi) -> Line {
+        Line { chip, gsi }
+    }
+
+    /// Which input this is.
+    #[must_use]
+    pub fn gsi(&self) -> Gsi {
+        self.gsi
+    }
+
+    /// Sets the level.
+    pub fn set(&self, level: bool) -> Delivery {
+        self.chip.set_line(self.gsi, level)
+    }
+
+    /// Raises and lowers the line: an edge.
+    pub fn pulse(&self) -> Delivery {
+        let delivery = self.chip.set_line(self.gsi, true);
+        self.chip.set_line(self.gsi, false);
+        delivery
+    }
+}
+
+impl std::fmt::Debug for Line {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Line").field(&self.gsi).finish()
+    }
+}
+
+/// Makes a vCPU thread look at its [`LocalInterrupts`] soon: out of translated or guest code, or out of
+/// its sleep in HLT. Callable from any thread, cheap when repeated, never lost.
+pub trait Kick: Send + Sync {
+    /// Kicks.
+    fn kick(&self);
+}
+
+/// What waits for a vCPU at its local APIC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PendingEvents {
+    /// [`LocalInterrupts::acknowledge`] would return a vector now (priorities considered).
+    pub interrupt: bool,
+    /// A non-maskable interrupt.
+    pub nmi: bool,
+    /// An INIT.
+    pub init: bool,
+    /// A start-up IPI.
+    pub startup: bool,
+}
+
+impl PendingEvents {
+    /// Whether anything waits.
+    #[must_use]
+    pub fn any(self) -> bool {
+        self.interrupt || self.nmi || self.init || self.startup
+    }
+}
+
+/// The vCPU's side of its local APIC (with the 8259 behind LINT0).
+pub trait LocalInterrupts: Send + Sync {
+    /// What waits. Lock-free when nothing does.
+    fn pending(&self) -> PendingEvents;
+    /// Takes the highest-priority deliverable vector into service (or ExtINT from the PIC).
+    fn acknowledge(&self) -> Option<u8>;
+    /// Takes a pending NMI.
+    fn take_nmi(&self) -> bool;
+    /// Takes a pending INIT; the APIC has reset itself (except its ID).
+    fn take_init(&self) -> bool;
+    /// Takes a pending start-up IPI: its vector (real-mode page number).
+    fn take_startup(&self) -> Option<u8>;
+    /// Task priority as CR8 shows it (TPR bits 7:4).
+    fn cr8(&self) -> u8;
+    /// Writes CR8.
+    fn set_cr8(&self, priority: u8);
+    /// `IA32_APIC_BASE`.
+    fn apic_base(&self) -> u64;
+    /// Whom to kick when something becomes pending. Called once, before the vCPU runs.
+    fn attach(&self, kick: Arc<dyn Kick>);
+}

@@ -1,0 +1,200 @@
+//! [`GuestMemory`].
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::{CodeListener, Gpa, HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE, WriteTracker};
+
+/// Guest RAM as `vm-memory` sees it: for virtqueues and loaders. Writes through it are tracked.
+pub type Ram = GuestMemoryMmap<WriteTracker>;
+
+/// What can go wrong with guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is no multiple of a page, zero, or too large for this host.
+    #[error("Guest memory of {0} bytes is not possible: it must be a positive multiple of 4096")]
+    Size(u64),
+    /// The host has no memory, no memfd or no address space for it.
+    #[error("Could not get {size} bytes of host memory for the guest")]
+    Host {
+        /// Bytes asked for.
+        size: u64,
+        /// Why the host refused.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The region could not be mapped.
+    #[error("Could not map guest memory: {0}")]
+    Map(String),
+    /// The access leaves RAM.
+    #[error("No guest RAM for {len} bytes at {gpa}")]
+    Outside {
+        /// First address of the access.
+        gpa: Gpa,
+        /// Its length in bytes.
+        len: usize,
+    },
+}
+
+/// All RAM of one machine. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    ram: Ram,
+    tracker: WriteTracker,
+    low: u64,
+    high: u64,
+    low_host: usize,
+    high_host: usize,
+    file: Arc<File>,
+}
+
+fn memfd(size: u64) -> Result<File, MemoryError> {
+    // SAFETY: the name is a NUL-terminated literal; the call returns a new descriptor or -1.
+    let fd = unsafe { libc::memfd_create(c"wardian-guest".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(MemoryError::Host { size, source: std::io::Error::last_os_error() });
+    }
+    // SAFETY: fd was just created and is owned by nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size).map_err(|source| MemoryError::Host { size, source })?;
+    Ok(file)
+}
+
+impl GuestMemory {
+    /// `size` bytes of zeroed RAM.
+    ///
+    /// # Errors
+    /// When `size` is no positive multiple of a page or the host cannot provide it.
+    pub fn new(size: u64) -> Result<GuestMemory, MemoryError> {
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) || size > 1 << 40 {
+            return Err(MemoryError::Size(size));
+        }
+        let file = Arc::new(memfd(size)?);
+        let low = size.min(LOW_RAM_END);
+        let high = size - low;
+        let tracker = WriteTracker::for_pages((size / PAGE_SIZE) as usize);
+        let mut regions = vec![(0u64, low, 0u64)];
+        if high > 0 {
+            regions.push((HIGH_RAM_START, high, low));
+        }
+        let mut host = [0usize; 2];
+        let mut built = Vec::new();
+        for (slot, (base, len, offset)) in regions.into_iter().enumerate() {
+            let map_error = |what: &dyn std::fmt::Display| MemoryError::Map(what.to_string());
+            let map = MmapRegionBuilder::new_with_bitmap(
+                len as usize,
+                tracker.region((offset / PAGE_SIZE) as usize),
+            )
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+            .build()
+            .map_err(|e| map_error(&e))?;
+            host[slot] = map.as_ptr() as usize;
+            built.push(
+                GuestRegionMmap::new(map, GuestAddress(base)).ok_or_else(|| map_error(&"address overflow"))?,
+            );
+        }
+        let ram = Ram::from_regions(built).map_err(|e| MemoryError::Map(e.to_string()))?;
+        Ok(GuestMemory { ram, tracker, low, high, low_host: host[0], high_host: host[1], file })
+    }
+
+    /// RAM as `vm-memory` sees it.
+    #[must_use]
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// The memfd behind RAM: low region first, high region after it.
+    #[must_use]
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Bytes of RAM in all.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.low + self.high
+    }
+
+    /// The address ranges that are RAM, ascending.
+    #[must_use]
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        let mut all = vec![0..self.low];
+        if self.high > 0 {
+            all.push(HIGH_RAM_START..HIGH_RAM_START + self.high);
+        }
+        all
+    }
+
+    /// Reads `out.len()` bytes at `gpa`.
+    ///
+    /// # Errors
+    /// [`MemoryError::Outside`] when any byte is not RAM.
+    pub fn read(&self, gpa: Gpa, out: &mut [u8]) -> Result<(), MemoryError> {
+        let len = out.len();
+        self.ram.read_slice(out, GuestAddress(gpa.0)).map_err(|_| MemoryError::Outside { gpa, len })
+    }
+
+    /// Writes `data` at `gpa`; code caches are told if it was code.
+    ///
+    /// # Errors
+    /// [`MemoryError::Outside`] when any byte is not RAM.
+    pub fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryError> {
+        let len = data.len();
+        self.ram.write_slice(data, GuestAddress(gpa.0)).map_err(|_| MemoryError::Outside { gpa, len })
+    }
+
+    /// Whether the `len` bytes at `gpa` are all RAM.
+    #[must_use]
+    pub fn contains(&self, gpa: Gpa, len: u64) -> bool {
+        self.ram.check_range(GuestAddress(gpa.0), len as usize)
+    }
+
+    /// For engines: (RAM page number, host address of the page) of the page that holds `gpa`. The host
+    /// address is valid for 4096 bytes as long as any clone of `self` lives.
+    #[must_use]
+    #[inline]
+    pub fn page(&self, gpa: Gpa) -> Option<(usize, usize)> {
+        let at = gpa.0 & !(PAGE_SIZE - 1);
+        if at < self.low {
+            Some(((at / PAGE_SIZE) as usize, self.low_host + at as usize))
+        } else if at >= HIGH_RAM_START && at - HIGH_RAM_START < self.high {
+            let off = at - HIGH_RAM_START;
+            Some((((self.low + off) / PAGE_SIZE) as usize, self.high_host + off as usize))
+        } else {
+            None
+        }
+    }
+
+    /// For engines: marks bytes `range` (within the page) of RAM page `page` as translated. Returns the
+    /// 64-byte marks that were set before.
+    pub fn mark_code(&self, page: usize, range: Range<usize>) -> u64 {
+        self.tracker.mark(page, range)
+    }
+
+    /// For engines: the 64-byte marks of RAM page `page`.
+    #[must_use]
+    pub fn code_marks(&self, page: usize) -> u64 {
+        self.tracker.marked(page)
+    }
+
+    /// For engines: after a direct store of `len` bytes at `gpa`, tells the code caches if it hit code.
+    pub fn stored(&self, gpa: Gpa, len: usize) {
+        if let Some((page, _)) = self.page(gpa) {
+            use vm_memory::bitmap::Bitmap;
+            self.tracker.region(page).mark_dirty((gpa.0 % PAGE_SIZE) as usize, len);
+        }
+    }
+
+    /// Who is told of writes to translated code; one listener per machine, the first call counts.
+    pub fn set_code_listener(&self, listener: Arc<dyn CodeListener>) -> bool {
+        self.tracker.set_listener(listener)
+    }
+}

@@ -1,0 +1,104 @@
+//! The host's clocks: the only place that reads them.
+#![allow(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use crate::Nanos;
+
+/// The host's time-stamp counter.
+pub(crate) fn tsc() -> u64 {
+    // SAFETY: RDTSC has no memory effects and is permitted to user code on every host we run on.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Frequency of the host TSC in Hz: as the hypervisor states it (CPUID 4000_0010h), as the processor
+/// states it (CPUID 15h, Intel SDM vol. 2A), otherwise measured against the monotonic clock.
+pub(crate) fn tsc_hz() -> u64 {
+    use std::sync::OnceLock;
+    static HZ: OnceLock<u64> = OnceLock::new();
+    *HZ.get_or_init(|| stated_hz().unwrap_or_else(measured_hz))
+}
+
+fn stated_hz() -> Option<u64> {
+    use core::arch::x86_64::__cpuid;
+    let hv = __cpuid(1).ecx & (1 << 31) != 0;
+    if hv {
+        let top = __cpuid(0x4000_0000).eax;
+        if (0x4000_0010..0x4000_1000).contains(&top) {
+            let khz = __cpuid(0x4000_0010).eax;
+            if khz > 100_000 {
+                return Some(u64::from(khz) * 1000);
+            }
+        }
+        return None; // leaf 15h of a virtual processor often describes another one
+    }
+    if __cpuid(0).eax < 0x15 {
+        return None;
+    }
+    let leaf = __cpuid(0x15);
+    (leaf.eax != 0 && leaf.ebx != 0 && leaf.ecx != 0)
+        .then(|| u64::from(leaf.ecx) * u64::from(leaf.ebx) / u64::from(leaf.eax))
+}
+
+/// The tightest of several (TSC, monotonic clock) pairs.
+fn pair() -> (u64, Instant) {
+    (0..16)
+        .map(|_| {
+            let before = tsc();
+            let at = Instant::now();
+            let after = tsc();
+            (after - before, before + (after - before) / 2, at)
+        })
+        .min_by_key(|sample| sample.0)
+        .map(|(_, tsc, at)| (tsc, at))
+        .unwrap_or((tsc(), Instant::now()))
+}
+
+fn measured_hz() -> u64 {
+    let (tsc0, at0) = pair();
+    std::thread::sleep(Duration::from_millis(10));
+    let (tsc1, at1) = pair();
+    let ns = at1.duration_since(at0).as_nanos().max(1);
+    let hz = (u128::from(tsc1 - tsc0) * 1_000_000_000 / ns) as u64;
+    // Round to 10 kHz: the quartz is good to that, the measurement is not better.
+    (hz + 5_000) / 10_000 * 10_000
+}
+
+/// Host wall clock now, in nanoseconds since the Unix epoch.
+pub(crate) fn wall() -> Nanos {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Nanos(since.as_nanos() as u64)
+}
+
+/// The time that the calling thread was runnable but not run by the host's scheduler: what a guest
+/// calls stolen time. Read from `/proc/thread-self/schedstat`, second field, nanoseconds.
+#[derive(Debug)]
+pub struct RunDelay {
+    file: Option<std::fs::File>,
+}
+
+impl RunDelay {
+    /// Opens the account of the calling thread; read it from that thread or from any other.
+    #[must_use]
+    pub fn of_this_thread() -> RunDelay {
+        RunDelay { file: std::fs::File::open("/proc/thread-self/schedstat").ok() }
+    }
+
+    /// The delay so far; zero if the host does not account it.
+    #[must_use]
+    pub fn read(&self) -> Nanos {
+        use std::os::unix::fs::FileExt;
+        let mut text = [0u8; 96];
+        let Some(len) = self.file.as_ref().and_then(|f| f.read_at(&mut text, 0).ok()) else {
+            return Nanos(0);
+        };
+        let field = std::str::from_utf8(&text[..len]).ok().and_then(|t| t.split_ascii_whitespace().nth(1));
+        Nanos(field.and_then(|f| f.parse().ok()).unwrap_or(0))
+    }
+}
+
+/// Asks the host not to delay the calling thread's sleeps beyond their deadline (`PR_SET_TIMERSLACK`).
+pub fn set_timer_slack() {
+    // SAFETY: prctl with PR_SET_TIMERSLACK takes an integer and touches no memory.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1u64, 0, 0, 0) };
+}
