@@ -1,1 +1,35 @@
-fn main() {}
+//! Developer commands: `cargo xtask <command>`.
+//!
+//! *Comes in*: a command line. *Goes out*: files under the cache (stock guests) or under `target/`, told by
+//! path on standard output; progress goes to standard error.
+//!
+//! **API Boundary:** one module for each command; what several share is in [`run`].
+#![forbid(unsafe_code)]
+
+mod guest;
+mod guests;
+mod run;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "xtask", about = "Developer commands of Wardian")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make (once) a stock guest from this machine's own package archive.
+    Guest(guest::Args),
+    /// Build the bare-metal guests of guests/ into target/guests.
+    Guests(guests::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Guest(args) => guest::main(&args),
+        Command::Guests(args) => guests::main(&args),
+    }
+}
