@@ -7,6 +7,8 @@
 //!
 //! **API Boundary:** [`Device`], [`Bus`], [`pci`].
 
+#![forbid(unsafe_code)]
+
 pub mod pci;
 
 use std::collections::BTreeMap;
@@ -110,7 +112,9 @@ impl Bus {
 
 impl std::fmt::Debug for Bus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.regions().map(|(range, device)| (range, device.name().to_owned()))).finish()
+        f.debug_list()
+            .entries(self.regions().map(|(range, device)| (range, device.name().to_owned())))
+            .finish()
     }
 }
 
