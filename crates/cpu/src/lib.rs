@@ -17,7 +17,10 @@ mod state;
 use std::sync::Arc;
 
 pub use exit::{Answer, DebugEvent, Exit};
-pub use model::{CpuModel, CpuidContext, ModelError, Offer};
+pub use model::{
+    Carry, CpuModel, CpuidContext, FEATURES, Feature, FeatureSet, HostCpuid, ModelError, Offer, Place, Row,
+    Vendor,
+};
 pub use state::{Activity, CpuState, DescriptorTable, InvalidState, Msr, Segment};
 
 use wardian_irq::{Kick, LocalInterrupts};
