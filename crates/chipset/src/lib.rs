@@ -17,6 +17,7 @@ pub mod i8042;
 pub mod ioapic;
 pub mod irqchip;
 pub mod lapic;
+pub mod layout;
 pub mod pci;
 pub mod pic;
 pub mod pit;
@@ -24,3 +25,6 @@ pub mod pm;
 pub mod power;
 pub mod rtc;
 pub mod serial;
+#[cfg(test)]
+mod testing;
+mod wire;

@@ -16,3 +16,26 @@ pub trait PowerSink: Send + Sync {
     /// The guest asks for `request`.
     fn request(&self, request: PowerRequest);
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::{PowerRequest, PowerSink};
+    use crate::wire::lock;
+    use std::sync::Mutex;
+
+    /// Remembers the requests.
+    #[derive(Default)]
+    pub(crate) struct Requests(Mutex<Vec<PowerRequest>>);
+
+    impl Requests {
+        pub(crate) fn take(&self) -> Vec<PowerRequest> {
+            std::mem::take(&mut lock(&self.0))
+        }
+    }
+
+    impl PowerSink for Requests {
+        fn request(&self, request: PowerRequest) {
+            lock(&self.0).push(request);
+        }
+    }
+}
