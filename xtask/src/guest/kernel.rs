@@ -75,7 +75,7 @@ const PAYLOADS: [(&[u8], &str, &str); 6] = [
     (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz", "xz-utils"),
     (&[0x28, 0xb5, 0x2f, 0xfd], "zstd", "zstd"),
     (&[0x02, 0x21, 0x4c, 0x18], "lz4", "lz4"),
-    (&[b'B', b'Z', b'h'], "bzip2", "bzip2"),
+    (b"BZh", "bzip2", "bzip2"),
     (&[0x5d, 0, 0], "lzma", "xz-utils"),
 ];
 
