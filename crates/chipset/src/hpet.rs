@@ -1,1 +1,167 @@
-//! hpet
+//! The High Precision Event Timers (Intel, IA-PC HPET Specification 1.0a): one 64-bit counter of 100 MHz,
+//! three timers, all periodic-capable, legacy replacement routing; no FSB delivery.
+//!
+//! The counter is a function of guest time; each register access reads guest time once and every timer
+//! sees the same "now". Timer 0 and 1 take the places of the PIT and the RTC under legacy replacement.
+
+mod regs;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use regs::{OUTPUTS, Regs};
+use wardian_bus::{Access, Device};
+use wardian_irq::{IrqChip, Line};
+use wardian_time::{Nanos, TimeBase, Timer, TimerHandler, TimerQueue};
+
+use crate::layout::{GSI_HPET, GSI_RTC, GSI_TIMER};
+use crate::wire::{Output, Wire, lock};
+
+pub use regs::{HpetState, HpetTimerState};
+
+/// Low half of the capabilities register, which the ACPI table repeats: revision 1, three timers, 64 bits
+/// wide, legacy replacement capable, vendor 8086h.
+pub const CAPABILITIES: u32 = 0x8086_0000 | 1 << 15 | 1 << 13 | (3 - 1) << 8 | 1;
+/// Period of the counter in ns.
+pub const PERIOD_NS: u64 = 10;
+/// Shortest period of a periodic timer, in ticks: 100 us.
+pub const MIN_PERIOD_TICKS: u64 = 100_000 / PERIOD_NS;
+
+/// Whether the HPET has taken over the interrupts of PIT and RTC. Made once per machine, shared by them.
+#[derive(Clone, Debug, Default)]
+pub struct LegacyRouting(Arc<AtomicBool>);
+
+impl LegacyRouting {
+    /// Whether it has.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set(&self, on: bool) {
+        self.0.store(on, Ordering::Release);
+    }
+}
+
+/// The device. Its lock is above the timer queue's only.
+pub struct Hpet {
+    regs: Mutex<Regs>,
+    base: Arc<TimeBase>,
+    timer: OnceLock<Timer>,
+    /// The system timer's line, the RTC's and [`GSI_HPET`].
+    outputs: [Output; OUTPUTS],
+    routing: LegacyRouting,
+}
+
+impl Hpet {
+    /// A stopped HPET on `queue`'s time that raises inputs of `chip` and says in `routing` which.
+    #[must_use]
+    pub fn new(queue: &Arc<TimerQueue>, chip: &Arc<dyn IrqChip>, routing: LegacyRouting) -> Arc<Hpet> {
+        Self::build(queue, chip, routing, Regs::default())
+    }
+
+    /// The HPET that was saved as `state`, at the guest time of `queue`'s base, with its lines raised.
+    #[must_use]
+    pub fn restore(
+        queue: &Arc<TimerQueue>,
+        chip: &Arc<dyn IrqChip>,
+        routing: LegacyRouting,
+        state: &HpetState,
+    ) -> Arc<Hpet> {
+        let regs = Regs::restore(state, queue.base().now());
+        let hpet = Self::build(queue, chip, routing, regs);
+        hpet.change(|_, _| ());
+        hpet
+    }
+
+    fn build(
+        queue: &Arc<TimerQueue>,
+        chip: &Arc<dyn IrqChip>,
+        routing: LegacyRouting,
+        regs: Regs,
+    ) -> Arc<Hpet> {
+        let output = |gsi| Output::new(Line::new(Arc::clone(chip), gsi));
+        let [a, b, c, d] = GSI_HPET;
+        let hpet = Arc::new(Hpet {
+            regs: Mutex::new(regs),
+            base: Arc::clone(queue.base()),
+            timer: OnceLock::new(),
+            outputs: [GSI_TIMER, GSI_RTC, a, b, c, d].map(output),
+            routing,
+        });
+        let handler: std::sync::Weak<Hpet> = Arc::downgrade(&hpet);
+        let _ = hpet.timer.set(queue.timer(handler));
+        hpet
+    }
+
+    /// What to save: counter and comparators as they are at this moment.
+    #[must_use]
+    pub fn save(&self) -> HpetState {
+        self.change(|regs, now| regs.save(now))
+    }
+
+    fn change<R>(&self, change: impl FnOnce(&mut Regs, Nanos) -> R) -> R {
+        let now = self.base.now();
+        let (result, wires): (R, [Wire; OUTPUTS]) = {
+            let mut regs = lock(&self.regs);
+            regs.advance(now);
+            let result = change(&mut regs, now);
+            let wires = regs.settle();
+            self.routing.set(regs.legacy());
+            if let Some(timer) = self.timer.get() {
+                timer.set(regs.deadline());
+            }
+            (result, wires)
+        };
+        for (output, wire) in self.outputs.iter().zip(wires) {
+            output.publish(wire);
+        }
+        result
+    }
+}
+
+impl TimerHandler for Hpet {
+    fn expired(&self, _now: Nanos) {
+        self.change(|_, _| ());
+    }
+}
+
+impl Device for Hpet {
+    fn name(&self) -> &str {
+        "hpet"
+    }
+
+    fn read(&self, at: Access, data: &mut [u8]) {
+        let shift = at.offset as usize % 8;
+        let value = if at.offset & !7 == regs::COUNTER {
+            // The clock source: nothing is due because somebody looks at the time.
+            let now = self.base.now();
+            lock(&self.regs).counter(now)
+        } else {
+            self.change(|regs, _| regs.read(at.offset & !7))
+        };
+        let bytes = value.to_le_bytes();
+        for (byte, value) in data.iter_mut().zip(bytes[shift..].iter().chain(std::iter::repeat(&0))) {
+            *byte = *value;
+        }
+    }
+
+    fn write(&self, at: Access, data: &[u8]) {
+        // Registers take naturally aligned accesses of 4 and 8 bytes (specification, 2.3.2).
+        let aligned = at.offset.is_multiple_of(data.len().max(1) as u64);
+        if !aligned || !(data.len() == 4 || data.len() == 8) {
+            return;
+        }
+        let shift = at.offset % 8 * 8;
+        let value = data.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte)) << shift;
+        let mask = (u64::MAX >> (64 - 8 * data.len())) << shift;
+        self.change(|regs, now| regs.write(at.offset & !7, value, mask, now));
+    }
+
+    fn inspect(&self) -> Vec<(String, String)> {
+        let now = self.base.now();
+        lock(&self.regs).inspect(now)
+    }
+}

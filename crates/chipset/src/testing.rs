@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use wardian_bus::{Access, Device};
+use wardian_time::{Nanos, ResumePolicy, TimeBase, TimerQueue};
 
 use crate::wire::lock;
 
@@ -36,5 +37,36 @@ impl std::io::Write for SharedBuffer {
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
+    }
+}
+
+/// Guest time that the test moves, with its queue.
+pub(crate) struct Clock {
+    pub(crate) base: Arc<TimeBase>,
+    pub(crate) queue: Arc<TimerQueue>,
+}
+
+impl Clock {
+    /// Running, at guest time 0 and the Unix epoch.
+    pub(crate) fn new() -> Clock {
+        Clock::at_wall(Nanos(0))
+    }
+
+    /// Running, at guest time 0 and the wall clock `wall`.
+    pub(crate) fn at_wall(wall: Nanos) -> Clock {
+        let base = TimeBase::manual(wall);
+        base.resume(ResumePolicy::Freeze);
+        let queue = TimerQueue::new(Arc::clone(&base));
+        Clock { base, queue }
+    }
+
+    /// Moves on by `by`, stopping at every deadline on the way.
+    pub(crate) fn run(&self, by: Nanos) {
+        let end = self.base.now().saturating_add(by);
+        while let Some(next) = self.queue.next_deadline().filter(|next| *next <= end) {
+            self.base.advance(next.saturating_sub(self.base.now()));
+            self.queue.run_due();
+        }
+        self.base.advance(end.saturating_sub(self.base.now()));
     }
 }
