@@ -1,1 +1,216 @@
-//! lapic
+//! The local APIC: xAPIC and x2APIC (Intel SDM vol. 3A, chapter 11).
+//!
+//! The timer's input clock is 1 GHz of guest time ([`LAPIC_TIMER_HZ`]): a count is the divisor in
+//! nanoseconds. The APIC ID is the number of the vCPU and cannot be changed; vCPU 0 is the bootstrap
+//! processor.
+
+pub(crate) mod message;
+pub(crate) mod regs;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use wardian_irq::{Delivery, Kick, PendingEvents};
+use wardian_time::{Nanos, TimeBase, Timer, TimerHandler, TimerQueue};
+
+use message::Message;
+use regs::{Effect, LapicState, event};
+
+/// Physical address of the local APIC page.
+pub const LAPIC_BASE: u64 = 0xfee0_0000;
+/// Input clock of the local APIC timer, in Hz of guest time (before the divide register).
+pub const LAPIC_TIMER_HZ: u64 = 1_000_000_000;
+
+/// A periodic timer is not served more often than this; ticks in between are swallowed by its
+/// [`Tick`](wardian_time::Tick), which stays on its grid. Bounds what a guest can ask of the timer thread.
+const SHORTEST_SERVICE: Nanos = Nanos(20_000);
+
+/// The access to a model-specific register is refused: #GP(0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("Access to a model-specific register of the interrupt controller is refused")]
+pub struct MsrFault;
+
+/// One local APIC.
+///
+/// Lock order: `state`, then the timer queue's. No other chip's lock is held with `state`, and the kick
+/// is called without it.
+pub(crate) struct Lapic {
+    state: Mutex<LapicState>,
+    /// What is pending (bits of [`event`]), kept up to date under the lock of `state`.
+    events: AtomicU32,
+    kick: OnceLock<Arc<dyn Kick>>,
+    timer: Timer,
+    /// The 8259 pair's request, wired to LINT0.
+    lint0: Arc<AtomicBool>,
+}
+
+impl Lapic {
+    pub(crate) fn new(id: u32, queue: &Arc<TimerQueue>, lint0: Arc<AtomicBool>) -> Arc<Lapic> {
+        Arc::new_cyclic(|this: &Weak<Lapic>| Lapic {
+            state: Mutex::new(LapicState::new(id)),
+            events: AtomicU32::new(0),
+            kick: OnceLock::new(),
+            timer: queue.timer(this.clone() as Weak<dyn TimerHandler>),
+            lint0,
+        })
+    }
+
+    fn base(&self) -> &TimeBase {
+        self.timer.base()
+    }
+
+    /// Changes the state, then updates timer and events, then kicks if something became pending.
+    fn change<R>(&self, change: impl FnOnce(&mut LapicState) -> R) -> R {
+        self.change_timed(|state| (change(state), Nanos(0)))
+    }
+
+    /// Likewise; the timer is served no earlier than the second value.
+    fn change_timed<R>(&self, change: impl FnOnce(&mut LapicState) -> (R, Nanos)) -> R {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = state.tick.deadline();
+        let (result, floor) = change(&mut state);
+        let after = state.tick.deadline();
+        if before != after {
+            self.timer.set(after.map(|at| at.max(floor)));
+        }
+        let events = state.events();
+        let new = events & !self.events.swap(events, Ordering::AcqRel);
+        drop(state);
+        if new != 0 {
+            self.kick_vcpu();
+        }
+        result
+    }
+
+    fn kick_vcpu(&self) {
+        if let Some(kick) = self.kick.get() {
+            kick.kick();
+        }
+    }
+
+    fn look<R>(&self, look: impl FnOnce(&LapicState) -> R) -> R {
+        look(&self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What is pending; takes no lock.
+    pub(crate) fn pending(&self) -> PendingEvents {
+        let events = self.events.load(Ordering::Acquire);
+        PendingEvents {
+            interrupt: events & event::INTERRUPT != 0,
+            nmi: events & event::NMI != 0,
+            init: events & event::INIT != 0,
+            startup: events & event::STARTUP != 0,
+        }
+    }
+
+    pub(crate) fn attach(&self, kick: Arc<dyn Kick>) {
+        if self.kick.set(kick).is_ok() && self.pending().any() {
+            self.kick_vcpu();
+        }
+    }
+
+    /// Takes a vector into service; `Err(())` when the 8259 pair is to be asked for it.
+    pub(crate) fn acknowledge(&self) -> Result<Option<u8>, ()> {
+        self.change(LapicState::acknowledge)
+    }
+
+    pub(crate) fn take_nmi(&self) -> bool {
+        self.change(LapicState::take_nmi)
+    }
+
+    pub(crate) fn take_init(&self) -> bool {
+        self.change(LapicState::take_init)
+    }
+
+    pub(crate) fn take_startup(&self) -> Option<u8> {
+        self.change(LapicState::take_startup)
+    }
+
+    pub(crate) fn cr8(&self) -> u8 {
+        self.look(LapicState::cr8)
+    }
+
+    pub(crate) fn set_cr8(&self, priority: u8) {
+        self.change(|state| state.set_cr8(priority));
+    }
+
+    pub(crate) fn apic_base(&self) -> u64 {
+        self.look(LapicState::base)
+    }
+
+    pub(crate) fn set_apic_base(&self, value: u64) -> Result<(), MsrFault> {
+        self.change(|state| state.set_base(value))
+    }
+
+    pub(crate) fn read_deadline(&self) -> u64 {
+        self.look(LapicState::read_deadline)
+    }
+
+    pub(crate) fn write_deadline(&self, value: u64) {
+        self.change(|state| state.write_deadline(value, self.base()));
+    }
+
+    pub(crate) fn set_tsc_adjust(&self, adjust: u64) {
+        self.change(|state| state.set_tsc_adjust(adjust, self.base()));
+    }
+
+    /// A 32-bit read in the APIC page; `None` while the page does not decode.
+    pub(crate) fn page_read(&self, register: u8) -> Option<u32> {
+        self.change(|state| state.decodes_page().then(|| state.page_read(register, self.base())))
+    }
+
+    /// A 32-bit write in the APIC page.
+    #[must_use]
+    pub(crate) fn page_write(&self, register: u8, value: u32) -> Option<Effect> {
+        self.change(|state| {
+            if state.decodes_page() { state.page_write(register, value, self.base()) } else { None }
+        })
+    }
+
+    /// RDMSR of 800h + `register`.
+    pub(crate) fn msr_read(&self, register: u8) -> Result<u64, MsrFault> {
+        self.look(|state| state.msr_read(register, self.base()))
+    }
+
+    /// WRMSR of 800h + `register`.
+    pub(crate) fn msr_write(&self, register: u8, value: u64) -> Result<Option<Effect>, MsrFault> {
+        self.change(|state| state.msr_write(register, value, self.base()))
+    }
+
+    /// Receives `message` if its destination names this APIC.
+    pub(crate) fn receive(&self, message: &Message) -> Delivery {
+        self.change(|state| if state.matches(message) { state.accept(message) } else { Delivery::Masked })
+    }
+
+    /// Receives `message` whatever its destination.
+    pub(crate) fn accept(&self, message: &Message) -> Delivery {
+        self.change(|state| state.accept(message))
+    }
+
+    /// Priority for the arbitration of `message`; `None` if it is not for this APIC or would be refused.
+    pub(crate) fn arbitration(&self, message: &Message) -> Option<u8> {
+        self.look(|state| state.matches(message).then(|| state.arbitration()).flatten())
+    }
+
+    /// The 8259 pair's request may have changed.
+    pub(crate) fn look_at_lint0(&self) {
+        self.change(|state| state.set_lint0(self.lint0.load(Ordering::Acquire)));
+    }
+
+    /// Named values, for `inspect`.
+    pub(crate) fn inspect(&self) -> Vec<(&'static str, String)> {
+        self.look(|state| state.inspect(self.base()))
+    }
+}
+
+impl TimerHandler for Lapic {
+    fn expired(&self, _now: Nanos) {
+        self.change_timed(|state| {
+            let fired = state.expire(self.base());
+            let floor = if fired { self.base().now().saturating_add(SHORTEST_SERVICE) } else { Nanos(0) };
+            ((), floor)
+        });
+    }
+}
