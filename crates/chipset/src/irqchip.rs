@@ -172,7 +172,10 @@ impl SoftIrqChip {
     /// Delivers by destination field; accepted if anybody accepts.
     fn deliver(&self, message: &Message) -> Delivery {
         if !message.logical && !message.is_broadcast() {
-            return self.lapics.get(message.dest as usize).map_or(Delivery::Masked, |one| one.accept(message));
+            return self
+                .lapics
+                .get(message.dest as usize)
+                .map_or(Delivery::Masked, |one| one.accept(message));
         }
         if message.mode == Mode::Lowest {
             return self.arbitrate(message).map_or(Delivery::Masked, |cpu| self.lapics[cpu].accept(message));

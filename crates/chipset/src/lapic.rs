@@ -164,9 +164,11 @@ impl Lapic {
     /// A 32-bit write in the APIC page.
     #[must_use]
     pub(crate) fn page_write(&self, register: u8, value: u32) -> Option<Effect> {
-        self.change(|state| {
-            if state.decodes_page() { state.page_write(register, value, self.base()) } else { None }
-        })
+        self.change(
+            |state| {
+                if state.decodes_page() { state.page_write(register, value, self.base()) } else { None }
+            },
+        )
     }
 
     /// RDMSR of 800h + `register`.

@@ -172,7 +172,7 @@ impl Device for Port61 {
     fn read(&self, _at: Access, data: &mut [u8]) {
         let state = self.0.lock();
         let now = self.0.timer.base().now();
-        let refresh = (now.0 / REFRESH & 1) as u8;
+        let refresh = ((now.0 / REFRESH) & 1) as u8;
         let output = u8::from(state.channels[2].output(now.to_ticks(PIT_HZ)));
         data.fill(0xff);
         if let Some(byte) = data.first_mut() {

@@ -16,7 +16,7 @@ impl Kick for Kicks {
 }
 
 struct Board {
-    _clock: Clock,
+    clock: Clock,
     chip: Arc<SoftIrqChip>,
     memory: Bus,
     ports: Bus,
@@ -43,7 +43,7 @@ impl Board {
                 kicks
             })
             .collect();
-        Board { _clock: clock, chip, memory, ports, cpus: locals, kicks }
+        Board { clock, chip, memory, ports, cpus: locals, kicks }
     }
 
     /// Software-enables every xAPIC, with flat logical IDs, LINT0 masked.
@@ -150,8 +150,8 @@ fn shorthands_and_destinations_of_ipis() {
         let before: Vec<_> = (0..4).map(|cpu| board.kicks(cpu)).collect();
         board.ipi(1, dest, low);
         assert_eq!(board.who(), expected, "dest {dest:#x} low {low:#x}");
-        for cpu in 0..4 {
-            assert_eq!(board.kicks(cpu) - before[cpu], usize::from(expected.contains(&cpu)));
+        for (cpu, before) in before.into_iter().enumerate() {
+            assert_eq!(board.kicks(cpu) - before, usize::from(expected.contains(&cpu)));
             if expected.contains(&cpu) {
                 assert_eq!(board.taken(cpu), Some(0x41));
                 board.eoi(cpu);
@@ -253,8 +253,6 @@ fn nested_edges_and_levels_end_in_order() {
 
 #[test]
 fn linux_wakes_an_application_processor() {
-    let board = Board::enabled(1);
-    drop(board);
     let board = Board::new(2);
     board.write(0, 0xf0, 0x1ff);
     // wakeup_secondary_cpu_via_init: INIT assert, INIT de-assert, STARTUP twice.
@@ -313,7 +311,7 @@ fn deadline_by_msr() {
     board.write(1, 0x320, 0x4_00ec);
     board.chip.msr_write(1, 0x6e0, 1000).unwrap();
     assert_eq!(board.chip.msr_read(1, 0x6e0), Ok(1000));
-    board._clock.run(wardian_time::Nanos(1000));
+    board.clock.run(wardian_time::Nanos(1000));
     assert_eq!(board.chip.msr_read(1, 0x6e0), Ok(0));
     assert_eq!((board.who(), board.taken(1)), (vec![1], Some(0xec)));
     board.chip.msr_write(1, 0x6e0, 5000).unwrap();
@@ -434,7 +432,7 @@ fn nothing_a_guest_writes_breaks_anything() {
                     local.take_startup();
                     local.take_nmi();
                 }
-                board._clock.run(wardian_time::Nanos(value & 0xffff));
+                board.clock.run(wardian_time::Nanos(value & 0xffff));
             }
         }
     }

@@ -49,9 +49,10 @@ const BASE_X2APIC: u64 = 1 << 10;
 const BASE_ENABLE: u64 = 1 << 11;
 const BASE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// Indexes of LVT entries.
 const TIMER: usize = 0;
-const LINT0: usize = 3;
-const ERROR: usize = 5;
+const LINT0: usize = (reg::LVT_LINT0 - reg::LVT_TIMER) as usize;
+const ERROR: usize = (reg::LVT_ERROR - reg::LVT_TIMER) as usize;
 /// Writable bits of each LVT entry: timer, thermal, performance, LINT0, LINT1, error.
 const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
 /// Read-only bits (delivery status, remote IRR): a write of ones to them is ignored.
@@ -97,7 +98,11 @@ impl Vectors {
     fn put(&mut self, vector: u8, on: bool) -> bool {
         let was = self.get(vector);
         let (word, bit) = (&mut self.0[usize::from(vector >> 5)], 1 << (vector & 31));
-        if on { *word |= bit } else { *word &= !bit }
+        if on {
+            *word |= bit;
+        } else {
+            *word &= !bit;
+        }
         was
     }
 
@@ -145,7 +150,7 @@ pub(crate) struct LapicState {
 }
 
 impl LapicState {
-    /// The state after power-up (Intel SDM vol. 3A, 11.4.7.1), but with LINT0 of the bootstrap processor
+    /// The state after power-up (Intel SDM vol. 3A, 11.4.7.1; the ID is the vCPU's number), but with LINT0 of the bootstrap processor
     /// in ExtINT mode, as firmware leaves it (virtual wire mode).
     pub(crate) fn new(id: u32) -> LapicState {
         let bsp = id == 0;
@@ -697,7 +702,8 @@ impl LapicState {
             (true, false) => ApicMode::XApic,
             (true, true) => ApicMode::X2Apic,
         };
-        if matches!((old, new), (ApicMode::Disabled, ApicMode::X2Apic) | (ApicMode::X2Apic, ApicMode::XApic)) {
+        if matches!((old, new), (ApicMode::Disabled, ApicMode::X2Apic) | (ApicMode::X2Apic, ApicMode::XApic))
+        {
             return Err(MsrFault);
         }
         self.base = value & !BASE_BSP | self.base & BASE_BSP;
@@ -709,9 +715,8 @@ impl LapicState {
 
     /// Named values, for `inspect`.
     pub(crate) fn inspect(&self, base: &TimeBase) -> Vec<(&'static str, String)> {
-        let list = |set: &Vectors| {
-            set.iter().map(|vector| format!("{vector:#x}")).collect::<Vec<_>>().join(" ")
-        };
+        let list =
+            |set: &Vectors| set.iter().map(|vector| format!("{vector:#x}")).collect::<Vec<_>>().join(" ");
         vec![
             ("mode", format!("{:?}", self.mode())),
             ("base", format!("{:#x}", self.base)),

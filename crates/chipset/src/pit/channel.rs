@@ -282,7 +282,8 @@ impl Channel {
         if !self.bcd {
             return count;
         }
-        count / 1000 % 10 << 12 | count / 100 % 10 << 8 | count / 10 % 10 << 4 | count % 10
+        let digit = |unit: u16| count / unit % 10;
+        (digit(1000) << 12) | (digit(100) << 8) | (digit(10) << 4) | digit(1)
     }
 
     pub(super) fn inspect(&self, now: u64) -> String {
