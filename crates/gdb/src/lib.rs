@@ -31,8 +31,8 @@ use wardian_memory::GuestMemory;
 pub trait Target: Send + Sync {
     /// Number of vCPUs.
     fn vcpus(&self) -> usize;
-    /// Guest RAM.
-    fn memory(&self) -> GuestMemory;
+    /// Guest RAM; `None` while the machine is being built anew.
+    fn memory(&self) -> Option<GuestMemory>;
     /// Parks every vCPU between two instructions and stops guest time; returns when all have stopped.
     /// Does nothing if they have.
     fn stop(&self);

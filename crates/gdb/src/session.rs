@@ -365,7 +365,7 @@ impl MultiThreadBase for Session<'_> {
     }
 
     fn read_addrs(&mut self, start: u64, data: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
-        let memory = self.target.memory();
+        let memory = self.target.memory().ok_or(TargetError::NonFatal)?;
         let mut done = 0;
         while done < data.len() {
             let Some(addr) = start.checked_add(done as u64) else { break };
@@ -379,7 +379,7 @@ impl MultiThreadBase for Session<'_> {
     }
 
     fn write_addrs(&mut self, start: u64, data: &[u8], tid: Tid) -> TargetResult<(), Self> {
-        let memory = self.target.memory();
+        let memory = self.target.memory().ok_or(TargetError::NonFatal)?;
         let mut pieces = Vec::new();
         let mut done = 0;
         while done < data.len() {

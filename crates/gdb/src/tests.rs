@@ -182,8 +182,8 @@ impl Target for Machine {
     fn vcpus(&self) -> usize {
         self.toys.len()
     }
-    fn memory(&self) -> GuestMemory {
-        self.memory.clone()
+    fn memory(&self) -> Option<GuestMemory> {
+        Some(self.memory.clone())
     }
     fn stop(&self) {
         self.running.lock().unwrap().fill(false);

@@ -1,1 +1,37 @@
-//! x
+//! One virtual machine: from a configuration to a built machine, its threads and its end.
+//!
+//! *Comes in*: a [`Config`]. *Goes out*: a [`Machine`] that runs to an [`Outcome`], and what was counted on
+//! the way ([`Stats`]).
+//!
+//! A vCPU's thread does nothing but run, answer, run: the engine returns an exit value, the board finds the
+//! device and returns an answer value, the next run completes the instruction. A reset tears the machine
+//! down and builds it anew from the same configuration, within the process; disks and terminals stay open.
+//!
+//! **Architecture Invariant:** a vCPU is parked, looked at or saved only between a completed answer and its
+//! next exit, and it acknowledges (one gate for pauses, the debugger and the end). **Architecture Invariant:**
+//! guest time runs exactly while a vCPU may run; it stops after the last vCPU and starts before the first.
+//! **Architecture Invariant:** a panic in any thread of the machine ends it with an error, never in silence.
+//! **Architecture Invariant:** a machine is built input first, outputs last: what is refused has changed
+//! nothing.
+//!
+//! **API Boundary:** [`Config`], [`Machine`], [`Outcome`], [`MachineError`], [`status`], [`Stats`].
+#![forbid(unsafe_code)]
+
+mod board;
+mod config;
+mod ending;
+mod error;
+mod gate;
+mod lifecycle;
+mod stats;
+#[cfg(test)]
+mod tests;
+mod vcpu;
+mod vm;
+mod wake;
+
+pub use config::{
+    Config, ConfigError, CpuCount, DiskArg, Endpoint, EngineChoice, MAX_CPUS, MemorySize, ModuleArg, Plan,
+};
+pub use error::{MachineError, Outcome, status};
+pub use stats::{ExitSummary, Stats, VcpuStats};

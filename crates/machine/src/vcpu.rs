@@ -1,0 +1,139 @@
+//! The vCPU's thread: run, answer, run.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use wardian_cpu::{Answer, CpuState, DebugEvent, Exit, Vcpu};
+use wardian_time::TimeBase;
+
+use crate::board::Board;
+use crate::ending::{End, Ending};
+use crate::gate::Gate;
+use crate::stats::{ExitStats, Kind};
+use crate::wake::Wake;
+
+/// One vCPU and what belongs to it.
+pub(crate) struct Slot {
+    /// Number.
+    pub(crate) index: usize,
+    /// The vCPU; its thread lets go of it only while it rests at the gate.
+    vcpu: Mutex<Box<dyn Vcpu>>,
+    pub(crate) wake: Arc<Wake>,
+    pub(crate) stats: ExitStats,
+    /// Kind of the last exit, for display.
+    last: AtomicU8,
+}
+
+impl Slot {
+    /// The slot of `vcpu`, number `index`.
+    pub(crate) fn new(index: usize, vcpu: Box<dyn Vcpu>) -> Slot {
+        let wake = Wake::new(vcpu.kicker());
+        Slot {
+            index,
+            vcpu: Mutex::new(vcpu),
+            wake,
+            stats: ExitStats::default(),
+            last: AtomicU8::new(u8::MAX),
+        }
+    }
+
+    /// The vCPU; blocks while it runs.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Box<dyn Vcpu>> {
+        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The vCPU, unless it runs.
+    pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, Box<dyn Vcpu>>> {
+        match self.vcpu.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(std::sync::TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// A few words on what the vCPU is doing.
+    pub(crate) fn describe(&self) -> String {
+        if self.wake.sleeps() {
+            return format!("vCPU {}: halted", self.index);
+        }
+        let last = crate::stats::NAMES.get(usize::from(self.last.load(Ordering::Relaxed)));
+        format!("vCPU {}: last exit {}", self.index, last.unwrap_or(&"none"))
+    }
+}
+
+/// What the vCPU's thread needs besides its slot.
+pub(crate) struct Surroundings<'a> {
+    pub(crate) board: &'a Board,
+    pub(crate) gate: &'a Gate,
+    pub(crate) ending: &'a Ending,
+    pub(crate) time: &'a TimeBase,
+    /// The vCPU, at rest now, met a condition of the debugger. Says whether a debugger takes care of it.
+    pub(crate) debug: &'a dyn Fn(usize, DebugEvent) -> bool,
+    /// Lets this vCPU go on after nobody took care of it.
+    pub(crate) release: &'a dyn Fn(usize),
+}
+
+/// Linear address of the next instruction.
+pub(crate) fn linear_rip(state: &CpuState) -> u64 {
+    let long = state.efer & wardian_cpu::bits::efer::LMA != 0 && state.segments[CpuState::CS].long();
+    if long { state.rip } else { state.segments[CpuState::CS].base.wrapping_add(state.rip) }
+}
+
+/// Runs the vCPU until the machine ends.
+pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
+    let mut vcpu = slot.lock();
+    let mut answer = Answer::None;
+    // Whether the last answer is complete: only then may the vCPU be parked, looked at or saved.
+    let mut complete = true;
+    while !around.ending.is_set() {
+        if around.gate.attention(slot.index) {
+            if complete {
+                drop(vcpu);
+                if !around.gate.rest(slot.index) {
+                    return;
+                }
+                vcpu = slot.lock();
+                continue;
+            }
+            // The engine completes the answer and comes straight back.
+            slot.wake.kick_engine();
+        }
+        slot.wake.clear();
+        let exit = match vcpu.run(answer) {
+            Ok(exit) => exit,
+            Err(error) => return around.ending.request(End::Engine(error)),
+        };
+        let begin = around.time.tsc();
+        let kind = Kind::of(&exit);
+        slot.last.store(kind as u8, Ordering::Relaxed);
+        answer = Answer::None;
+        complete = true;
+        match exit {
+            Exit::Interrupted => {}
+            Exit::Halt => {
+                let not_now = || around.gate.attention(slot.index) || around.ending.is_set();
+                slot.wake.sleep(not_now);
+            }
+            Exit::Shutdown => {
+                let rip = linear_rip(&vcpu.state());
+                around.ending.request(End::TripleFault { vcpu: slot.index, rip });
+            }
+            Exit::Debug(event) => {
+                drop(vcpu);
+                around.gate.hold_self(slot.index);
+                if !(around.debug)(slot.index, event) {
+                    (around.release)(slot.index);
+                }
+                if !around.gate.rest(slot.index) {
+                    return;
+                }
+                vcpu = slot.lock();
+            }
+            ref asks => {
+                answer = around.board.handle(slot.index, asks);
+                complete = false;
+            }
+        }
+        slot.stats.record(kind, around.time.tsc().wrapping_sub(begin));
+    }
+}

@@ -1,0 +1,271 @@
+//! One life of the machine, from reset to power-off or the next reset: its vCPUs, its time, its threads.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use wardian_cpu::{DebugEvent, Vcpu};
+use wardian_irq::Kick;
+use wardian_memory::GuestMemory;
+use wardian_time::{ResumePolicy, TimerQueue};
+
+use crate::board::Board;
+use crate::ending::{End, Ending};
+use crate::gate::Gate;
+use crate::stats::{ExitStats, VcpuStats};
+use crate::vcpu::{Slot, Surroundings, run_loop};
+
+/// Asked when a vCPU meets a condition of the debugger: whether a debugger takes care of it.
+pub(crate) type DebugHook = Arc<dyn Fn(usize, DebugEvent) -> bool + Send + Sync>;
+
+/// What a [`Vm`] is made of.
+pub(crate) struct Parts {
+    pub(crate) name: String,
+    pub(crate) memory: GuestMemory,
+    pub(crate) queue: Arc<TimerQueue>,
+    pub(crate) board: Board,
+    pub(crate) slots: Vec<Slot>,
+    /// Whatever else must live as long as the machine: devices with threads of their own.
+    pub(crate) keep: Vec<Box<dyn Any + Send + Sync>>,
+    /// Every vCPU starts held.
+    pub(crate) held: bool,
+}
+
+/// One life of the machine.
+///
+/// Lock order: `control`, then any one of the gate, the vCPUs, the time base, the timer queue.
+pub(crate) struct Vm {
+    name: String,
+    memory: GuestMemory,
+    queue: Arc<TimerQueue>,
+    board: Board,
+    slots: Vec<Slot>,
+    gate: Gate,
+    ending: Arc<Ending>,
+    debug: DebugHook,
+    /// Held by whoever stops or starts the vCPUs.
+    control: Mutex<()>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    _keep: Vec<Box<dyn Any + Send + Sync>>,
+}
+
+/// A pause; dropping it lets the machine go on.
+#[must_use = "dropping it ends the pause"]
+pub(crate) struct Paused<'a>(&'a Vm);
+
+impl Vm {
+    /// A machine whose threads do not run yet.
+    pub(crate) fn new(parts: Parts, ending: Arc<Ending>, debug: DebugHook) -> Arc<Vm> {
+        Arc::new(Vm {
+            name: parts.name,
+            memory: parts.memory,
+            queue: parts.queue,
+            board: parts.board,
+            gate: Gate::new(parts.slots.len(), parts.held),
+            slots: parts.slots,
+            ending,
+            debug,
+            control: Mutex::new(()),
+            threads: Mutex::new(Vec::new()),
+            _keep: parts.keep,
+        })
+    }
+
+    fn control(&self) -> MutexGuard<'_, ()> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A thread whose panic ends the machine.
+    fn spawn(self: &Arc<Vm>, name: String, body: impl FnOnce(&Vm) + Send + 'static) -> std::io::Result<()> {
+        let vm = Arc::clone(self);
+        let label = name.clone();
+        // Linux shows 15 characters of a thread's name.
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(&vm))) {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+                vm.ending.request(End::Panic(label, text.to_owned()));
+            }
+        })?;
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+
+    /// Starts time and the threads.
+    ///
+    /// # Errors
+    /// When the host gives no thread; call [`Vm::finish`] all the same.
+    pub(crate) fn start(self: &Arc<Vm>) -> std::io::Result<()> {
+        {
+            let _control = self.control();
+            if self.gate.would_run(|_| false, 0) {
+                self.queue.base().resume(ResumePolicy::Freeze);
+            }
+        }
+        self.spawn("timers".into(), |vm| vm.queue.serve())?;
+        for index in 0..self.slots.len() {
+            self.spawn(format!("vcpu{index}"), move |vm| {
+                let gone = Gone(vm, index);
+                vm.run_vcpu(index);
+                drop(gone);
+            })?;
+        }
+        Ok(())
+    }
+
+    fn run_vcpu(&self, index: usize) {
+        let around = Surroundings {
+            board: &self.board,
+            gate: &self.gate,
+            ending: &self.ending,
+            time: self.queue.base(),
+            debug: &*self.debug,
+            release: &|index| self.release(&|n| n == index),
+        };
+        run_loop(&self.slots[index], &around);
+    }
+
+    /// Ends all threads and waits for them. Guest time stands still then.
+    pub(crate) fn finish(&self) {
+        self.gate.leave();
+        self.kick();
+        self.queue.stop();
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            let _ = thread.join();
+        }
+        self.queue.base().pause();
+    }
+
+    fn kick(&self) {
+        self.slots.iter().for_each(|slot| slot.wake.kick());
+    }
+
+    /// Number of vCPUs.
+    pub(crate) fn vcpus(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Guest RAM.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Guest time runs again: every vCPU at rest is told, before it runs.
+    fn resume_time(&self) {
+        let time = self.queue.base();
+        if time.is_running() {
+            return;
+        }
+        let first = time.tsc() == 0;
+        time.resume(ResumePolicy::Freeze);
+        if !first {
+            self.slots.iter().for_each(|slot| slot.lock().resumed());
+        }
+        self.queue.wake();
+    }
+
+    /// Parks every vCPU and stops guest time; they stay so until [`Vm::release`]d.
+    pub(crate) fn hold(&self) {
+        let _control = self.control();
+        self.gate.hold_all();
+        self.stop_at_gate();
+    }
+
+    fn stop_at_gate(&self) {
+        self.kick();
+        self.gate.wait_at_rest();
+        self.queue.base().pause();
+    }
+
+    /// Ends the hold of some vCPUs.
+    pub(crate) fn release(&self, which: &dyn Fn(usize) -> bool) {
+        let _control = self.control();
+        if self.gate.would_run(which, 0) {
+            self.resume_time();
+        }
+        self.gate.release(which);
+    }
+
+    /// Parks every vCPU and stops guest time, until the guard goes.
+    pub(crate) fn pause(&self) -> Paused<'_> {
+        let _control = self.control();
+        self.gate.pause();
+        let paused = Paused(self);
+        self.stop_at_gate();
+        paused
+    }
+
+    /// Calls `f` with vCPU `index` if it is parked; says whether it was.
+    pub(crate) fn with_vcpu(&self, index: usize, f: &mut dyn FnMut(&mut dyn Vcpu)) -> bool {
+        let Some(slot) = self.slots.get(index).filter(|_| self.gate.rests(index)) else { return false };
+        let Some(mut vcpu) = slot.try_lock() else { return false };
+        f(&mut **vcpu);
+        true
+    }
+
+    /// A few words on what vCPU `index` is doing.
+    pub(crate) fn describe(&self, index: usize) -> String {
+        self.slots.get(index).map(Slot::describe).unwrap_or_default()
+    }
+
+    /// Name of the machine.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Exits of each vCPU so far, added to `total`.
+    pub(crate) fn add_stats(&self, total: &[ExitStats]) {
+        for (slot, total) in self.slots.iter().zip(total) {
+            total.add(&slot.stats);
+        }
+    }
+
+    /// The engine's counters of each vCPU; those of a vCPU that runs are left out.
+    pub(crate) fn engine_counters(&self) -> Vec<Vec<(&'static str, u64)>> {
+        self.slots
+            .iter()
+            .map(|slot| slot.try_lock().map(|vcpu| vcpu.counters()).unwrap_or_default())
+            .collect()
+    }
+
+    /// Guest time in nanoseconds, and the rate of the TSC.
+    pub(crate) fn clock(&self) -> (u64, u64) {
+        let time = self.queue.base();
+        (time.now().0, time.tsc_hz())
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        let _control = self.0.control();
+        if self.0.gate.would_run(|_| false, 1) {
+            self.0.resume_time();
+        }
+        self.0.gate.unpause();
+    }
+}
+
+/// Says that a vCPU's thread has ended, panics included.
+struct Gone<'a>(&'a Vm, usize);
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        self.0.gate.gone(self.1);
+    }
+}
+
+/// The exits and counters of one vCPU in words.
+pub(crate) fn vcpu_stats(
+    index: usize,
+    exits: &ExitStats,
+    engine: Vec<(&'static str, u64)>,
+    hz: u64,
+) -> VcpuStats {
+    VcpuStats {
+        vcpu: index,
+        exits: exits.summary(hz),
+        engine: engine.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+    }
+}
