@@ -1,0 +1,189 @@
+//! The book of translated blocks: by key, by RAM page, and the marks by which host faults find their way back.
+
+use crate::mode::Mode;
+
+/// Number of a block.
+pub type BlockId = u32;
+const NONE: u32 = u32::MAX;
+
+/// One superblock.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// RAM page and offset of the first instruction.
+    pub page: u32,
+    pub offset: u16,
+    pub mode: Mode,
+    /// Linear address of the first instruction.
+    pub linear: u64,
+    /// RAM page of the second part, if its one instruction crosses a page (never chained to then).
+    pub page2: Option<u32>,
+    /// 64-byte granules of `page` that the translation depends on.
+    pub granules: u64,
+    /// Entry for indirect jumps: compares R13 first.
+    pub landing: u32,
+    /// Entry for chained jumps.
+    pub head: u32,
+    /// Entry past the attention check.
+    pub body: u32,
+    /// The stub that leaves with this block's address.
+    pub attention: u32,
+    /// First offset after the hot code.
+    pub end: u32,
+    pub dead: bool,
+    next_in_page: u32,
+}
+
+/// A host instruction that may fault, and what it means to the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    pub host: u32,
+    /// The arithmetic flags are in EFLAGS there.
+    pub flags_live: bool,
+    pub rip: u64,
+}
+
+/// All blocks of one vCPU.
+pub struct Blocks {
+    pub all: Vec<Block>,
+    table: Vec<u32>,
+    pages: Vec<u32>,
+    /// Blocks whose one instruction ends on another page: that page, granules there, block.
+    crossing: Vec<(u32, u64, BlockId)>,
+    /// Ascending by host offset: hot code, cold stubs.
+    pub marks: [Vec<Mark>; 2],
+}
+
+fn hash(page: u32, offset: u16, linear: u64, mode: Mode) -> u64 {
+    let key = (u64::from(page) << 12 | u64::from(offset)) ^ linear.rotate_left(20) ^ mode.hash().rotate_left(7);
+    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+impl Blocks {
+    pub fn new(ram_pages: usize) -> Blocks {
+        Blocks { all: Vec::new(), table: vec![NONE; 1 << 15], pages: vec![NONE; ram_pages], crossing: Vec::new(), marks: Default::default() }
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        for block in &self.all {
+            self.pages[block.page as usize] = NONE;
+        }
+        self.all.clear();
+        self.crossing.clear();
+        self.table.fill(NONE);
+        self.marks = Default::default();
+    }
+
+    fn slot(&self, page: u32, offset: u16, linear: u64, mode: Mode) -> usize {
+        let mask = self.table.len() - 1;
+        let mut at = (hash(page, offset, linear, mode) >> 32) as usize & mask;
+        loop {
+            match self.table[at] {
+                NONE => return at,
+                id => {
+                    let b = &self.all[id as usize];
+                    if b.linear == linear && b.page == page && b.offset == offset && b.mode == mode {
+                        return at;
+                    }
+                }
+            }
+            at = (at + 1) & mask;
+        }
+    }
+
+    /// The block for a key, dead or alive.
+    pub fn find(&self, page: u32, offset: u16, linear: u64, mode: Mode) -> Option<BlockId> {
+        let id = self.table[self.slot(page, offset, linear, mode)];
+        (id != NONE).then_some(id)
+    }
+
+    /// Adds a block, replacing a dead one of the same key (whose number is returned).
+    pub fn add(&mut self, mut block: Block) -> (BlockId, Option<BlockId>) {
+        let id = self.all.len() as u32;
+        let at = self.slot(block.page, block.offset, block.linear, block.mode);
+        let old = self.table[at];
+        block.next_in_page = self.pages[block.page as usize];
+        self.pages[block.page as usize] = id;
+        self.table[at] = id;
+        self.all.push(block);
+        if self.all.len() * 2 > self.table.len() {
+            self.grow();
+        }
+        (id, (old != NONE).then_some(old))
+    }
+
+    fn grow(&mut self) {
+        let old = std::mem::take(&mut self.table);
+        self.table = vec![NONE; old.len() * 2];
+        for id in old.into_iter().filter(|id| *id != NONE) {
+            let b = &self.all[id as usize];
+            let at = self.slot(b.page, b.offset, b.linear, b.mode);
+            self.table[at] = id;
+        }
+    }
+
+    /// Marks the living blocks of `page` that depend on `granules` dead and hands each to `f`.
+    pub fn kill(&mut self, page: u32, granules: u64, mut f: impl FnMut(&Block)) {
+        let Some(head) = self.pages.get(page as usize).copied() else { return };
+        let mut kept = NONE;
+        let mut at = head;
+        while at != NONE {
+            let block = &mut self.all[at as usize];
+            let next = block.next_in_page;
+            if block.granules & granules != 0 {
+                if !block.dead {
+                    block.dead = true;
+                    f(block);
+                }
+            } else {
+                block.next_in_page = kept;
+                kept = at;
+            }
+            at = next;
+        }
+        self.pages[page as usize] = kept;
+        if self.crossing.iter().any(|c| c.0 == page && c.1 & granules != 0) {
+            let all = &mut self.all;
+            self.crossing.retain(|(at, mask, id)| {
+                let hit = *at == page && mask & granules != 0;
+                let block = &mut all[*id as usize];
+                if hit && !block.dead {
+                    block.dead = true;
+                    f(block);
+                }
+                !hit
+            });
+        }
+    }
+
+    /// Notes that block `id` depends on `granules` of RAM page `page` too.
+    pub fn add_crossing(&mut self, id: BlockId, page: u32, granules: u64) {
+        self.crossing.push((page, granules, id));
+    }
+
+    /// Makes a new block that is not in any list yet.
+    pub fn blank(page: u32, offset: u16, linear: u64, mode: Mode) -> Block {
+        Block {
+            page,
+            offset,
+            mode,
+            linear,
+            page2: None,
+            granules: 0,
+            landing: 0,
+            head: 0,
+            body: 0,
+            attention: 0,
+            end: 0,
+            dead: false,
+            next_in_page: NONE,
+        }
+    }
+
+    /// The mark of the host instruction at `host`.
+    pub fn mark_at(&self, host: u32) -> Option<Mark> {
+        self.marks
+            .iter()
+            .find_map(|marks| marks.binary_search_by_key(&host, |m| m.host).ok().map(|n| marks[n]))
+    }
+}

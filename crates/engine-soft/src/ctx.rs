@@ -1,0 +1,218 @@
+//! [`Ctx`]: the part of a vCPU that translated code addresses, and the TLB tables behind it.
+//!
+//! One anonymous mapping per vCPU: the context, then the tables. Host RBP points [`RBP_BIAS`] bytes into it:
+//! that makes the hot fields reachable by an 8-bit displacement, and RBP's low six bits are 12, so RBP itself
+//! is the shift count of the TLB probe (`shrx`).
+
+use std::sync::atomic::AtomicU32;
+
+use wardian_cpu::EngineError;
+
+/// RBP - start of the context.
+pub const RBP_BIAS: i32 = 140;
+/// Entries of each TLB table: the index is bits 12-31 of the linear address.
+pub const TLB_ENTRIES: usize = 1 << 20;
+/// Slots of each jump cache.
+pub const JUMP_ENTRIES: usize = 1 << 16;
+/// TLB and jump-cache views.
+pub const VIEWS: usize = 3;
+
+/// Which set of translations code uses: by privilege and, for the supervisor, whether user pages may be
+/// touched (SMAP off or EFLAGS.AC set).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum View {
+    /// CPL 3.
+    User = 0,
+    /// CPL 0-2 with SMAP in force.
+    Kernel = 1,
+    /// CPL 0-2, user pages accessible.
+    KernelUser = 2,
+}
+
+/// Why translated code was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Leave {
+    /// Direct jump not chained yet: `rip` is the target, `arg` the patch site.
+    Chain = 0,
+    /// Indirect jump or landing miss: `rip` is the target.
+    Lookup = 1,
+    /// The instruction at `rip` is for the interpreter.
+    Interpret = 2,
+    /// The interrupt word was set at the head of the block at `rip`.
+    Attention = 3,
+    /// A memory access stopped the instruction at `rip`: see [`crate::core::Core::trap`].
+    Trap = 4,
+    /// The host raised exception `arg` at `rip`.
+    HostFault = 5,
+    /// The instruction before `rip` completed and left work (device writes, invalidations).
+    Completed = 6,
+    /// The guest's instruction at `rip` is SYSCALL (no fetch and decode needed).
+    Syscall = 7,
+}
+
+/// What translated code and its thunks address through RBP.
+#[repr(C, align(64))]
+pub struct Ctx {
+    /// General registers in encoding order. While translated code runs only R12-R15 are current here.
+    pub gpr: [u64; 16], // 0
+    /// Arithmetic flags as LAHF and SETO leave AX: AH = SF ZF 0 AF 0 PF 1 CF, AL = OF.
+    pub flags: u32, // 128
+    /// Not zero: leave at the next block head. See [`crate::vcpu`].
+    pub attention: AtomicU32, // 132
+    /// Linear address of the guest's next instruction (CS base added).
+    pub rip: u64, // 136
+    /// Bases of ES, CS, SS, DS, FS, GS.
+    pub seg_base: [u64; 6], // 144
+    /// Guest TSC - host TSC.
+    pub tsc_offset: u64, // 192
+    /// Scratch for borrowed registers.
+    pub scratch: [u64; 2], // 200
+    /// RFLAGS without the arithmetic flags (IF, DF, IOPL, AC ... and bit 1).
+    pub rflags: u64, // 216
+    /// Host stack pointer of `enter`.
+    pub host_rsp: u64, // 224
+    /// Why translated code was left ([`Leave`]).
+    pub leave: u32, // 232
+    /// Argument of `leave`.
+    pub arg: u32, // 236
+    /// What slow accesses hand back in R13 and R14.
+    pub ret: [u64; 2], // 240
+    /// 0: XMM only, 1: YMM, 2: ZMM and mask registers are saved around helpers.
+    pub vec_mode: u32, // 256
+    /// Explicit padding.
+    pub pad0: u32,
+    /// The owning [`crate::core::Core`].
+    pub core: u64, // 264
+    /// Vector registers while a helper runs.
+    pub vec: [[u8; 64]; 32], // 320
+    /// AVX-512 mask registers likewise.
+    pub mask: [u64; 8],
+    /// XSAVE image of the guest while no translated code runs on this thread.
+    pub xsave: [u8; 4096],
+    /// XSAVE image of the host likewise (only what the ABI keeps: MXCSR and the x87 control word).
+    pub host_mxcsr: u32,
+    /// x87 control word of the host.
+    pub host_fcw: u32,
+    /// Bounce buffer for accesses that cannot go to RAM directly; aligned like a page.
+    pub bounce: Bounce,
+}
+
+/// A page-aligned buffer of two pages, so that an access keeps its offset within a 64-byte line.
+#[repr(C, align(4096))]
+pub struct Bounce(pub [u8; 8192]);
+
+const PAGE: usize = 4096;
+const CTX_LEN: usize = (size_of::<Ctx>() + PAGE - 1) & !(PAGE - 1);
+const TABLE_LEN: usize = TLB_ENTRIES * 8;
+const JUMP_LEN: usize = JUMP_ENTRIES * 8;
+const VIEW_LEN: usize = 3 * TABLE_LEN + JUMP_LEN;
+
+/// Displacement from RBP of `offset` bytes into the context.
+pub const fn disp(offset: usize) -> i32 {
+    offset as i32 - RBP_BIAS
+}
+
+/// Displacement from RBP of a view's read tags.
+pub const fn tag_read(view: View) -> i32 {
+    disp(CTX_LEN + view as usize * VIEW_LEN)
+}
+/// Displacement from RBP of a view's write tags.
+pub const fn tag_write(view: View) -> i32 {
+    tag_read(view) + TABLE_LEN as i32
+}
+/// Displacement from RBP of a view's addends (host address of the page).
+pub const fn addend(view: View) -> i32 {
+    tag_read(view) + 2 * TABLE_LEN as i32
+}
+/// Displacement from RBP of a view's jump cache.
+pub const fn jumps(view: View) -> i32 {
+    tag_read(view) + 3 * TABLE_LEN as i32
+}
+
+/// Slot of the jump cache for `linear`; the same computation is emitted by the translator.
+pub const fn jump_slot(linear: u64) -> usize {
+    (((linear >> 12) as u32 ^ linear as u32) & 0xffff) as usize
+}
+
+/// Owner of a vCPU's context and tables.
+pub struct CtxBox {
+    base: *mut u8,
+}
+
+// SAFETY: the mapping is private to its owner; only `attention` is touched by other threads, atomically.
+unsafe impl Send for CtxBox {}
+
+impl CtxBox {
+    const LEN: usize = CTX_LEN + VIEWS * VIEW_LEN;
+
+    /// A zeroed context with empty tables.
+    pub fn new() -> Result<CtxBox, EngineError> {
+        // SAFETY: a fresh anonymous mapping; no pointer is passed in.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                Self::LEN,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(EngineError::Host(format!(
+                "no address space for the vCPU's TLB ({})",
+                std::io::Error::last_os_error()
+            )));
+        }
+        // Huge pages would make the sparse tables resident.
+        // SAFETY: the range was just mapped.
+        unsafe { libc::madvise(base, Self::LEN, libc::MADV_NOHUGEPAGE) };
+        Ok(CtxBox { base: base.cast() })
+    }
+
+    /// The context.
+    pub fn get(&self) -> &Ctx {
+        // SAFETY: the mapping starts with a Ctx, for which zero bytes are a valid value.
+        unsafe { &*self.base.cast::<Ctx>() }
+    }
+
+    /// The context.
+    pub fn get_mut(&mut self) -> &mut Ctx {
+        // SAFETY: as in `get`, and self is borrowed exclusively.
+        unsafe { &mut *self.base.cast::<Ctx>() }
+    }
+
+    /// Its address, for thunks and kickers.
+    pub fn as_ptr(&self) -> *mut Ctx {
+        self.base.cast()
+    }
+
+    fn at(&self, rbp_disp: i32, index: usize) -> *mut u64 {
+        // SAFETY: callers pass a table's displacement and an index below its length: inside the mapping.
+        unsafe { self.base.offset(RBP_BIAS as isize + rbp_disp as isize).cast::<u64>().add(index) }
+    }
+
+    /// Reads entry `index` (masked) of the table at `table`.
+    #[inline]
+    pub fn load(&self, table: i32, index: usize) -> u64 {
+        // SAFETY: see `at`; the index is masked to the smaller table size by callers of jumps and to
+        // TLB_ENTRIES here.
+        unsafe { self.at(table, index & (TLB_ENTRIES - 1)).read() }
+    }
+
+    /// Writes entry `index` (masked) of the table at `table`.
+    #[inline]
+    pub fn store(&mut self, table: i32, index: usize, value: u64) {
+        // SAFETY: as in `load`; exclusive borrow.
+        unsafe { self.at(table, index & (TLB_ENTRIES - 1)).write(value) }
+    }
+}
+
+impl Drop for CtxBox {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`, not used after this.
+        unsafe { libc::munmap(self.base.cast(), Self::LEN) };
+    }
+}

@@ -1,0 +1,104 @@
+//! What the vCPUs of one machine tell each other: code that was written, pages that became code, kicks.
+//!
+//! No vCPU ever waits for another. When a vCPU translates from a page for the first time it asks the others to give
+//! up write entries for it; one that still had such an entry answers by declaring the page written, so a store that
+//! slipped in between costs a re-translation and is never missed.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use wardian_irq::Kick;
+use wardian_memory::CodeListener;
+
+/// Attention bit: the mailbox has requests.
+pub const REQUESTS: u32 = 1;
+/// Attention bit: kicked from outside.
+pub const KICKED: u32 = 2;
+
+/// What one vCPU asks of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Forget translations of these 64-byte granules of a RAM page.
+    Written { page: usize, granules: u64 },
+    /// Take write permission for this RAM page out of the TLB.
+    BecameCode { page: usize },
+}
+
+#[derive(Debug, Default)]
+struct Letters {
+    requests: Vec<Request>,
+    /// Address of the owner's attention word, while it lives.
+    attention: usize,
+}
+
+/// One vCPU's mailbox. Its lock is a leaf.
+#[derive(Debug, Default)]
+pub struct Mailbox(Mutex<Letters>);
+
+impl Mailbox {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Letters> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn signal(letters: &Letters, bit: u32) {
+        if letters.attention != 0 {
+            // SAFETY: the owner clears the address under this lock before its context goes away.
+            unsafe { (*(letters.attention as *const AtomicU32)).fetch_or(bit, Ordering::AcqRel) };
+        }
+    }
+
+    /// Says where the owner's attention word is; null when it goes away.
+    pub fn attach(&self, attention: *const AtomicU32) {
+        self.lock().attention = attention as usize;
+    }
+
+    fn post(&self, request: Request) {
+        let mut letters = self.lock();
+        if letters.requests.last() != Some(&request) {
+            letters.requests.push(request);
+        }
+        Self::signal(&letters, REQUESTS);
+    }
+
+    /// Takes all requests.
+    pub fn take(&self, into: &mut Vec<Request>) {
+        into.append(&mut self.lock().requests);
+    }
+}
+
+impl Kick for Mailbox {
+    fn kick(&self) {
+        Self::signal(&self.lock(), KICKED);
+    }
+}
+
+/// The mailboxes of all vCPUs of one machine.
+#[derive(Debug, Default)]
+pub struct Shared {
+    boxes: Mutex<Vec<Arc<Mailbox>>>,
+}
+
+impl Shared {
+    /// Adds a vCPU.
+    pub fn join(&self) -> Arc<Mailbox> {
+        let mailbox = Arc::new(Mailbox::default());
+        self.boxes.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&mailbox));
+        mailbox
+    }
+
+    /// Posts to everybody, or to everybody but `except`.
+    pub fn post(&self, request: Request, except: Option<&Arc<Mailbox>>) {
+        let boxes = self.boxes.lock().unwrap_or_else(PoisonError::into_inner);
+        for mailbox in boxes.iter() {
+            if !except.is_some_and(|own| Arc::ptr_eq(own, mailbox)) {
+                mailbox.post(request);
+            }
+        }
+    }
+}
+
+impl CodeListener for Shared {
+    fn code_written(&self, page: usize, granules: u64) {
+        self.post(Request::Written { page, granules }, None);
+    }
+}

@@ -1,0 +1,71 @@
+//! Host exceptions inside translated code, mapped back to the guest instruction that caused them.
+
+use std::cell::Cell;
+use std::sync::Once;
+
+use crate::blocks::Blocks;
+use crate::code::CodeMemory;
+use crate::ctx::Ctx;
+
+/// What the handler needs to know of the vCPU that runs on this thread.
+#[derive(Clone, Copy)]
+pub struct Running {
+    pub code: *const CodeMemory,
+    pub blocks: *const Blocks,
+    pub ctx: *mut Ctx,
+    /// Executable address of the `HostFault` thunk.
+    pub leave: u64,
+}
+
+thread_local! {
+    static RUNNING: Cell<Option<Running>> = const { Cell::new(None) };
+}
+
+/// Says which vCPU runs on this thread (or none).
+pub fn set_running(running: Option<Running>) {
+    RUNNING.with(|cell| cell.set(running));
+}
+
+extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    if let Some(running) = RUNNING.with(Cell::get) {
+        // SAFETY: the kernel passes a valid ucontext; `running` is set only while the pointers are valid, and the
+        // thread is inside translated code when its RIP lies in the code memory, so nobody else uses them.
+        unsafe {
+            let regs = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+            let host = regs[libc::REG_RIP as usize] as u64;
+            if let Some(offset) = (*running.code).offset_of(host)
+                && let Some(mark) = (*running.blocks).mark_at(offset)
+            {
+                let trap = regs[libc::REG_TRAPNO as usize] as u64;
+                if mark.flags_live {
+                    let eflags = regs[libc::REG_EFL as usize] as u32;
+                    (*running.ctx).flags = (eflags & 0xd5 | 2) << 8 | (eflags >> 11 & 1);
+                }
+                regs[libc::REG_R13 as usize] = mark.rip as i64;
+                regs[libc::REG_R14 as usize] = trap as i64;
+                regs[libc::REG_RIP as usize] = running.leave as i64;
+                return;
+            }
+        }
+    }
+    // Not ours: die as without us, at the same place.
+    let _ = info;
+    // SAFETY: resets the disposition; the instruction faults again on return.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
+}
+
+/// Installs the handlers, once per process.
+pub fn install() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL] {
+            // SAFETY: a zeroed sigaction with a handler of the SA_SIGINFO type.
+            unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                action.sa_sigaction = handler as *const () as usize;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+                libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+            }
+        }
+    });
+}

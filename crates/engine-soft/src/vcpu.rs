@@ -1,0 +1,552 @@
+//! [`SoftVcpu`]: the run loop. Enter translated code, see why it left, do what it asks, enter again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use iced_x86::{Decoder, DecoderOptions, Instruction};
+use wardian_cpu::bits::rflags;
+use wardian_cpu::{
+    Activity, Answer, CpuModel, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Vcpu,
+};
+use wardian_irq::{Kick, LocalInterrupts};
+use wardian_memory::GuestMemory;
+use wardian_time::{Nanos, RunDelay, TimeBase};
+
+use crate::blocks::BlockId;
+use crate::core::Core;
+use crate::ctx::{Leave, RBP_BIAS, VIEWS};
+use crate::decode::CodeTable;
+use crate::mode::Mode;
+use crate::shared::{KICKED, Mailbox, REQUESTS, Request, Shared};
+use crate::signals::{self, Running};
+use crate::sys::{self, Event};
+use crate::translate::{Translator, gated};
+use crate::trap::{Result, Trap};
+use crate::{fpu, state};
+
+/// How often the paravirtual clock pages are refreshed at most.
+const REFRESH: Nanos = Nanos(10_000_000);
+
+/// A software vCPU.
+pub struct SoftVcpu {
+    core: Box<Core>,
+    translator: Box<Translator>,
+    shared: Arc<Shared>,
+    mailbox: Arc<Mailbox>,
+    letters: Vec<Request>,
+    mode: Mode,
+    /// Mode for which each view's jump cache was filled.
+    view_mode: [Mode; VIEWS],
+    /// The last exit waits for an answer that the instruction will ask for again.
+    asked: bool,
+    kicked: bool,
+    debug: DebugRequest,
+    /// A breakpoint address that was reported and is to be stepped over.
+    pass: Option<u64>,
+    table: CodeTable,
+    delay: Option<RunDelay>,
+    refreshed: Nanos,
+}
+
+impl SoftVcpu {
+    pub(crate) fn new(
+        core: Box<Core>,
+        translator: Box<Translator>,
+        shared: Arc<Shared>,
+        mailbox: Arc<Mailbox>,
+    ) -> SoftVcpu {
+        let mode = Mode::of(&core, false);
+        SoftVcpu {
+            core,
+            translator,
+            shared,
+            mailbox,
+            letters: Vec::new(),
+            mode,
+            view_mode: [mode; VIEWS],
+            asked: false,
+            kicked: false,
+            debug: DebugRequest::default(),
+            pass: None,
+            table: CodeTable::new(),
+            delay: None,
+            refreshed: Nanos(0),
+        }
+    }
+
+    fn single(&self) -> bool {
+        self.debug.single_step
+    }
+
+    /// Requests of other vCPUs and of devices.
+    fn serve_mailbox(&mut self) {
+        let mut letters = std::mem::take(&mut self.letters);
+        self.mailbox.take(&mut letters);
+        for request in letters.drain(..) {
+            match request {
+                Request::Written { page, granules } => {
+                    let killed = self.translator.invalidate(page as u32, granules);
+                    self.core.counters.code_invalidations += killed as u64;
+                }
+                Request::BecameCode { page } => {
+                    if let Some(host) = self.core.ram_page_host(page)
+                        && self.core.mmu.forbid_writes(&mut self.core.ctx, page, host)
+                    {
+                        let written = Request::Written { page, granules: u64::MAX };
+                        self.shared.post(written, Some(&self.mailbox));
+                    }
+                }
+            }
+        }
+        self.letters = letters;
+    }
+
+    fn attention(&mut self) {
+        let bits = self.core.c().attention.swap(0, Ordering::AcqRel);
+        if bits & REQUESTS != 0 {
+            self.serve_mailbox();
+        }
+        self.kicked |= bits & KICKED != 0;
+    }
+
+    /// Takes what the local APIC has for this vCPU.
+    fn events(&mut self) -> std::result::Result<(), sys::deliver::TripleFault> {
+        let core = &mut *self.core;
+        let pending = core.irq.pending();
+        if !pending.any() {
+            return Ok(());
+        }
+        if pending.init && core.irq.take_init() {
+            let mut reset = CpuState::reset();
+            if core.index != 0 {
+                reset.activity = Activity::WaitForSipi;
+            }
+            if state::restore(core, &reset).is_err() {
+                return Err(sys::deliver::TripleFault);
+            }
+        }
+        if core.sys.activity == Activity::WaitForSipi {
+            if let Some(vector) = core.irq.take_startup() {
+                let mut cs = core.sys.segments[crate::core::seg::CS];
+                cs.selector = u16::from(vector) << 8;
+                cs.base = u64::from(vector) << 12;
+                core.set_segment(crate::core::seg::CS, cs);
+                core.set_rip(0);
+                core.sys.activity = Activity::Running;
+            }
+            return Ok(());
+        }
+        if core.sys.interrupt_shadow {
+            return Ok(());
+        }
+        if pending.nmi && !core.sys.nmi_blocked && core.irq.take_nmi() {
+            core.sys.activity = Activity::Running;
+            core.counters.interrupts += 1;
+            return sys::deliver(core, Event::Nmi);
+        }
+        if pending.interrupt
+            && core.c().rflags & rflags::IF != 0
+            && let Some(vector) = core.irq.acknowledge()
+        {
+            core.sys.activity = Activity::Running;
+            core.counters.interrupts += 1;
+            self.refresh_clock(false);
+            return sys::deliver(&mut self.core, Event::External(vector));
+        }
+        Ok(())
+    }
+
+    fn refresh_clock(&mut self, stopped: bool) {
+        let now = self.core.time.now();
+        if stopped || now >= self.refreshed.saturating_add(REFRESH) {
+            self.refreshed = now;
+            let stolen = self.delay.as_ref().map_or(Nanos(0), RunDelay::read);
+            sys::paravirt::refresh(&mut self.core, stolen, stopped);
+        }
+    }
+
+    /// The block for the current instruction.
+    fn block(&mut self) -> Result<BlockId> {
+        if self.core.mode_dirty {
+            self.core.mode_dirty = false;
+            self.mode = Mode::of(&self.core, self.single());
+            let view = self.mode.view() as usize;
+            if self.view_mode[view] != self.mode {
+                self.view_mode[view] = self.mode;
+                self.core.mmu.drop_jumps(&mut self.core.ctx);
+            }
+            self.core.ctx.get_mut().vec_mode = u32::from(self.core.sys.xcr0 & 4 != 0);
+        }
+        let linear = self.core.c().rip;
+        let fetch = self.core.fetch_page(linear)?;
+        self.core.counters.lookups += 1;
+        if let Some(id) =
+            self.translator.blocks.find(fetch.page as u32, (linear & 0xfff) as u16, linear, self.mode)
+        {
+            let block = &self.translator.blocks.all[id as usize];
+            match block.page2 {
+                _ if block.dead => {}
+                None => return Ok(id),
+                Some(page) => {
+                    let second = self.core.fetch_page((linear | 0xfff).wrapping_add(1))?;
+                    if second.page as u32 == page {
+                        return Ok(id);
+                    }
+                }
+            }
+        }
+        if !self.translator.has_room() {
+            self.core.counters.cache_flushes += 1;
+            self.translator.clear();
+            self.core.mmu.drop_jumps(&mut self.core.ctx);
+        }
+        self.translator.translate(&mut self.core, linear, self.mode, &self.debug.breakpoints)
+    }
+
+    fn enter(&mut self, offset: u32) {
+        let core = &mut *self.core;
+        core.counters.entries += 1;
+        let rbp = core.ctx.as_ptr() as u64 + RBP_BIAS as u64;
+        let code = self.translator.code.exec(offset);
+        let enter = self.translator.code.exec(self.translator.thunks.enter);
+        // SAFETY: `enter` is the thunk written by `thunks::write` with this signature; it saves every callee-saved
+        // register, and declares the rest by being extern "C". Translated code touches the context, its tables and
+        // guest RAM only; helpers reach the core through the context's pointer while this borrow is not used.
+        unsafe {
+            let enter: extern "C" fn(u64, u64) = std::mem::transmute::<u64, extern "C" fn(u64, u64)>(enter);
+            enter(rbp, code);
+        }
+    }
+
+    /// Decodes the instruction at RIP.
+    fn decode(&mut self) -> Result<Instruction> {
+        let linear = self.core.c().rip;
+        let mut bytes = [0u8; 15];
+        let first = (4096 - (linear & 0xfff) as usize).min(15);
+        let fetch = self.core.fetch_page(linear)?;
+        read_host(fetch.host + (linear & 0xfff) as usize, &mut bytes[..first]);
+        let ip = self.mode.ip(linear);
+        let mut decoder = Decoder::with_ip(self.mode.bitness(), &bytes[..first], ip, DecoderOptions::NONE);
+        let mut insn = decoder.decode();
+        if insn.is_invalid() && first < 15 && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
+            let next = self.core.fetch_page((linear | 0xfff).wrapping_add(1))?;
+            read_host(next.host, &mut bytes[first..]);
+            insn = Decoder::with_ip(self.mode.bitness(), &bytes, ip, DecoderOptions::NONE).decode();
+        }
+        if insn.is_invalid() {
+            // Too long is #GP, everything else #UD.
+            return Err(Trap::ud());
+        }
+        let info = self.table.get(&insn);
+        if gated(info.unit, self.mode) {
+            return Err(if self.mode.fpu_off() && !self.mode.sse_off() { Trap::nm() } else { self.gate_fault(info.unit) });
+        }
+        Ok(insn)
+    }
+
+    fn gate_fault(&self, unit: crate::decode::Unit) -> Trap {
+        use crate::decode::Unit;
+        use wardian_cpu::bits::cr0;
+        let cr0 = self.core.sys.cr0;
+        match unit {
+            Unit::X87 => Trap::nm(),
+            Unit::Sse if cr0 & cr0::EM == 0 && self.core.sys.cr4 & wardian_cpu::bits::cr4::OSFXSR != 0 => Trap::nm(),
+            Unit::Avx if !self.mode.avx_off() => Trap::nm(),
+            _ => Trap::ud(),
+        }
+    }
+
+    fn interpret(&mut self) -> Result<()> {
+        self.core.counters.interpreted += 1;
+        self.core.journal_used = 0;
+        let insn = self.decode()?;
+        sys::interpret(&mut self.core, &insn)
+    }
+
+    /// After an instruction was interpreted: `None` to go on.
+    fn settle(&mut self, result: Result<()>) -> Option<Exit> {
+        match result {
+            Ok(()) => {
+                self.core.journal.clear();
+                self.core.journal_fault = false;
+                None
+            }
+            Err(Trap::Exit(exit)) => {
+                self.asked = true;
+                Some(exit)
+            }
+            Err(Trap::Exception(exception)) => {
+                self.core.journal.clear();
+                self.core.journal_fault = false;
+                self.core.counters.exceptions += 1;
+                sys::deliver(&mut self.core, Event::Exception(exception)).err().map(|_| self.shutdown())
+            }
+            Err(Trap::TripleFault) => Some(self.shutdown()),
+        }
+    }
+
+    fn shutdown(&mut self) -> Exit {
+        self.core.sys.activity = Activity::Shutdown;
+        Exit::Shutdown
+    }
+
+    /// After a completed instruction: single step and watchpoints.
+    fn completed(&mut self, stepped: bool) -> Option<Exit> {
+        let hit = std::mem::take(&mut self.core.watch_hit);
+        if hit >> 63 != 0 {
+            return Some(Exit::Debug(DebugEvent::Watchpoint(self.core.watch_address)));
+        }
+        let dr6 = (hit & 15) | if stepped { 1 << 14 } else { 0 };
+        if dr6 != 0 {
+            let trap = Err(Trap::db(dr6));
+            if let Some(exit) = self.settle(trap) {
+                return Some(exit);
+            }
+        }
+        self.single().then_some(Exit::Debug(DebugEvent::Step))
+    }
+
+    fn go(&mut self) -> Exit {
+        loop {
+            if let Some(exit) = self.core.out.pop_front() {
+                if exit != Exit::Halt {
+                    return exit;
+                }
+                self.core.sys.activity = Activity::Halted;
+                continue;
+            }
+            let resuming = !self.core.journal.is_empty();
+            self.attention();
+            if !resuming {
+                if self.events().is_err() {
+                    return self.shutdown();
+                }
+                if std::mem::take(&mut self.kicked) {
+                    return Exit::Interrupted;
+                }
+                match self.core.sys.activity {
+                    Activity::Running => {}
+                    Activity::Halted | Activity::WaitForSipi => return Exit::Halt,
+                    Activity::Shutdown => return Exit::Shutdown,
+                }
+                let rip = self.core.c().rip;
+                if self.debug.breakpoints.contains(&rip) && self.pass != Some(rip) {
+                    self.pass = Some(rip);
+                    return Exit::Debug(DebugEvent::Breakpoint(rip));
+                }
+            }
+            if let Some(exit) = self.step(resuming) {
+                return exit;
+            }
+        }
+    }
+
+    /// Runs translated code until something needs the outer loop; `Some` to leave `run`.
+    fn step(&mut self, resuming: bool) -> Option<Exit> {
+        let mut id = match self.block() {
+            Ok(id) => id,
+            Err(trap) => return self.settle(Err(trap)),
+        };
+        let shadow = std::mem::take(&mut self.core.sys.interrupt_shadow);
+        let mut first = resuming || shadow || self.pass.take().is_some();
+        loop {
+            let tf = self.core.c().rflags & rflags::TF != 0;
+            let single = self.mode.single();
+            let block = &self.translator.blocks.all[id as usize];
+            let at = if std::mem::take(&mut first) { block.body } else { block.head };
+            self.enter(at);
+            let ctx = self.core.c();
+            let (leave, arg) = (ctx.leave, ctx.arg);
+            match leave {
+                l if l == Leave::Chain as u32 || l == Leave::Lookup as u32 => {
+                    if ctx.attention.load(Ordering::Acquire) != 0 {
+                        return None;
+                    }
+                    if !self.debug.breakpoints.is_empty() && self.debug.breakpoints.contains(&ctx.rip) {
+                        return None;
+                    }
+                    let flushes = self.core.counters.cache_flushes;
+                    id = match self.block() {
+                        Ok(id) => id,
+                        Err(trap) => return self.settle(Err(trap)),
+                    };
+                    let block = &self.translator.blocks.all[id as usize];
+                    if l == Leave::Lookup as u32 {
+                        let landing = self.translator.code.exec(block.landing);
+                        let (linear, crosses) = (block.linear, block.page2.is_some());
+                        let view = self.mode.view();
+                        let global = self.core.fetch_page(linear).is_ok_and(|f| f.global) && !crosses;
+                        if !crosses && self.debug.breakpoints.is_empty() {
+                            self.core.mmu.set_jump(&mut self.core.ctx, view, linear, landing, global);
+                        }
+                    } else if flushes == self.core.counters.cache_flushes
+                        && block.page2.is_none()
+                        && self.debug.breakpoints.is_empty()
+                    {
+                        let head = block.head;
+                        self.translator.code.patch(arg, head);
+                    }
+                }
+                l if l == Leave::Interpret as u32 || l == Leave::Syscall as u32 => {
+                    let result = if l == Leave::Syscall as u32 {
+                        self.core.counters.syscalls += 1;
+                        self.interpret()
+                    } else {
+                        self.interpret()
+                    };
+                    let done = result.is_ok();
+                    if let Some(exit) = self.settle(result) {
+                        return Some(exit);
+                    }
+                    if done && (single || self.core.watch_hit != 0) {
+                        return self.completed(tf && single);
+                    }
+                    return None;
+                }
+                l if l == Leave::Completed as u32 => {
+                    if single || self.core.watch_hit != 0 {
+                        return self.completed(tf && single);
+                    }
+                    return None;
+                }
+                l if l == Leave::Trap as u32 => {
+                    let trap = self.core.trap.take().unwrap_or(Trap::TripleFault);
+                    return self.settle(Err(trap));
+                }
+                l if l == Leave::HostFault as u32 => {
+                    return self.settle(Err(host_fault(arg)));
+                }
+                _ => return None,
+            }
+        }
+    }
+}
+
+/// The guest exception for host exception `vector`.
+fn host_fault(vector: u32) -> Trap {
+    match vector {
+        6 => Trap::ud(),
+        13 => Trap::gp(0),
+        other => Trap::vector(other as u8),
+    }
+}
+
+/// Copies guest RAM bytes.
+fn read_host(host: usize, out: &mut [u8]) {
+    // SAFETY: callers pass an address in a RAM page and a length that stays in it.
+    unsafe { std::ptr::copy_nonoverlapping(host as *const u8, out.as_mut_ptr(), out.len()) };
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self, answer: Answer) -> std::result::Result<Exit, EngineError> {
+        if self.delay.is_none() {
+            self.delay = Some(RunDelay::of_this_thread());
+        }
+        if std::mem::take(&mut self.asked) {
+            let value = match answer {
+                Answer::Data(value) => value,
+                Answer::None => 0,
+                Answer::Fault => {
+                    self.core.journal_fault = true;
+                    0
+                }
+            };
+            self.core.journal.push(value);
+        }
+        let core_ptr: *mut Core = &raw mut *self.core;
+        self.core.ctx.get_mut().core = core_ptr as u64;
+        signals::set_running(Some(Running {
+            code: &raw const self.translator.code,
+            blocks: &raw const self.translator.blocks,
+            ctx: self.core.ctx.as_ptr(),
+            leave: self.translator.code.exec(self.translator.thunks.leave[Leave::HostFault as usize]),
+        }));
+        fpu::enter(&mut self.core);
+        let exit = self.go();
+        fpu::leave(&mut self.core);
+        signals::set_running(None);
+        self.core.counters.exits += 1;
+        Ok(exit)
+    }
+
+    fn state(&mut self) -> CpuState {
+        fpu::complete(&mut self.core);
+        state::save(&mut self.core)
+    }
+
+    fn set_state(&mut self, new: &CpuState) -> std::result::Result<(), EngineError> {
+        state::restore(&mut self.core, new)?;
+        fpu::spread(&mut self.core);
+        self.core.flush_tlb(crate::mmu::Flush::All);
+        self.core.mode_dirty = true;
+        self.core.journal.clear();
+        self.core.out.clear();
+        self.asked = false;
+        Ok(())
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::clone(&self.mailbox) as Arc<dyn Kick>
+    }
+
+    fn set_debug(&mut self, request: &DebugRequest) {
+        if self.debug == *request {
+            return;
+        }
+        let changed_stops = self.debug.breakpoints != request.breakpoints;
+        self.debug = request.clone();
+        self.pass = None;
+        if changed_stops {
+            self.translator.clear();
+            self.core.mmu.drop_jumps(&mut self.core.ctx);
+        }
+        self.core.set_debug_watch(&request.watchpoints);
+        self.core.mode_dirty = true;
+    }
+
+    fn translate(&mut self, linear: u64) -> Option<u64> {
+        self.core.peek_translation(linear)
+    }
+
+    fn resumed(&mut self) {
+        self.refresh_clock(true);
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.core.counters;
+        vec![
+            ("translations", c.translations),
+            ("translated_instructions", c.translated_instructions),
+            ("code_bytes", u64::from(self.translator.used())),
+            ("cache_flushes", c.cache_flushes),
+            ("code_invalidations", c.code_invalidations),
+            ("lookups", c.lookups),
+            ("entries", c.entries),
+            ("slow_accesses", c.slow_accesses),
+            ("tlb_misses", c.tlb_misses),
+            ("tlb_flushes", c.tlb_flushes),
+            ("page_invalidations", c.page_invalidations),
+            ("interpreted", c.interpreted),
+            ("syscalls", c.syscalls),
+            ("exceptions", c.exceptions),
+            ("interrupts", c.interrupts),
+            ("exits", c.exits),
+        ]
+    }
+}
+
+impl Drop for SoftVcpu {
+    fn drop(&mut self) {
+        self.mailbox.attach(std::ptr::null());
+    }
+}
+
+/// What a vCPU is made of.
+pub(crate) struct Parts {
+    pub index: usize,
+    pub cpus: usize,
+    pub mem: GuestMemory,
+    pub time: Arc<TimeBase>,
+    pub model: Arc<CpuModel>,
+    pub irq: Arc<dyn LocalInterrupts>,
+}
