@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use regs::{OUTPUTS, Regs};
 use wardian_bus::{Access, Device};
-use wardian_irq::{IrqChip, Line};
+use wardian_irq::{Delivery, Gsi, IrqChip, Line, MsiMessage};
 use wardian_time::{Nanos, TimeBase, Timer, TimerHandler, TimerQueue};
 
 use crate::layout::{GSI_HPET, GSI_RTC, GSI_TIMER};
@@ -42,6 +42,28 @@ impl LegacyRouting {
 
     pub(crate) fn set(&self, on: bool) {
         self.0.store(on, Ordering::Release);
+    }
+
+    /// `line`, which stays down while the HPET has taken over: for the PIT.
+    #[must_use]
+    pub fn gate(&self, line: Line) -> Line {
+        let gsi = line.gsi();
+        Line::new(Arc::new(Gate { line, routing: self.clone() }), gsi)
+    }
+}
+
+struct Gate {
+    line: Line,
+    routing: LegacyRouting,
+}
+
+impl IrqChip for Gate {
+    fn set_line(&self, _gsi: Gsi, level: bool) -> Delivery {
+        if self.routing.is_on() { Delivery::Masked } else { self.line.set(level) }
+    }
+
+    fn signal_msi(&self, _message: MsiMessage) -> Delivery {
+        Delivery::Masked
     }
 }
 

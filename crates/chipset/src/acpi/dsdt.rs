@@ -107,7 +107,6 @@ pub(super) fn build(cpus: u32) -> Vec<u8> {
         vec![
             &Memory32Fixed::new(true, layout::PCI_ECAM.start as u32, ecam_len),
             &io(&layout::PM_PORTS),
-            &io(&layout::POST_PORT),
             &io(&layout::DEBUG_CONSOLE),
             &io(&layout::DEBUG_EXIT),
         ],

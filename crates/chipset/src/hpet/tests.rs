@@ -163,11 +163,17 @@ fn legacy_replacement_routes_timers_0_and_1() {
     assert_eq!((rig.chip.edges(GSI_TIMER), rig.chip.edges(GSI_RTC)), (1, 0));
     rig.run(1);
     assert_eq!((rig.chip.edges(GSI_TIMER), rig.chip.edges(GSI_RTC), rig.edges()), (1, 1, 0));
+    // The PIT has lost its line meanwhile.
+    let pit = rig.routing.gate(rig.chip.line(GSI_TIMER));
+    pit.pulse();
+    assert_eq!(rig.chip.edges(GSI_TIMER), 1);
     rig.put(CONFIG, 1);
     assert!(!rig.routing.is_on());
+    pit.pulse();
+    assert_eq!(rig.chip.edges(GSI_TIMER), 2);
     rig.put(comparator_of(0), 2000);
     rig.run(2000);
-    assert_eq!((rig.chip.edges(GSI_TIMER), rig.edges()), (1, 1));
+    assert_eq!((rig.chip.edges(GSI_TIMER), rig.edges()), (2, 1));
 }
 
 #[test]

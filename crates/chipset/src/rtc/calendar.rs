@@ -82,7 +82,7 @@ pub(super) struct Format {
 
 impl Format {
     pub(super) fn encode(self, value: u8) -> u8 {
-        if self.binary { value } else { value / 10 % 10 << 4 | value % 10 }
+        if self.binary { value } else { ((value / 10 % 10) << 4) | (value % 10) }
     }
 
     pub(super) fn decode(self, raw: u8) -> u8 {
