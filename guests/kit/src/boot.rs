@@ -139,8 +139,9 @@ extern "C" fn kit_start(magic: u32, info: u32) -> ! {
     set_descriptor(selector::TASK, 0x67 | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56);
     set_descriptor(selector::TASK + 8, tss >> 32);
     trap::install();
-    // SAFETY: the task state segment was made above.
-    unsafe { core::arch::asm!("ltr {0:x}", in(reg) selector::TASK) };
+    crate::apic::mask_pics();
+    // SAFETY: no local descriptor table; the task state segment was made above.
+    unsafe { core::arch::asm!("lldt {1:x}", "ltr {0:x}", in(reg) selector::TASK, in(reg) 0) };
     debug_assert!(descriptor(selector::TASK) != 0 && KIT_GDT.addr() != 0);
     // SAFETY: defined by the guest through `guest!`.
     unsafe { guest_main() }
