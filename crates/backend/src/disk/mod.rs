@@ -120,7 +120,8 @@ pub struct Disk {
     path: PathBuf,
     read_only: bool,
     guard_magic: bool,
-    _lock: File,
+    /// After `image`: what is written back while that goes is still under the lock.
+    _lock: Lock,
 }
 
 impl Disk {
@@ -136,8 +137,7 @@ impl Disk {
             return Err(DiskError::Kind(path));
         }
         let file = OpenOptions::new().read(true).write(!options.read_only).open(&path).map_err(open_error)?;
-        lock(&file, options.read_only, &path)?;
-        let held = file.try_clone().map_err(open_error)?;
+        let lock = Lock::new(file.try_clone().map_err(open_error)?, options.read_only, &path)?;
         let format = match options.format {
             Some(format) => format,
             None => probe(&file).map_err(open_error)?,
@@ -164,7 +164,7 @@ impl Disk {
             );
         }
         let guard_magic = options.format.is_none() && format == Format::Raw;
-        Ok(Disk { image, size, format, path, read_only: options.read_only, guard_magic, _lock: held })
+        Ok(Disk { image, size, format, path, read_only: options.read_only, guard_magic, _lock: lock })
     }
 
     /// Bytes that the guest sees, a multiple of [`SECTOR_SIZE`].
@@ -302,15 +302,30 @@ fn probe(file: &File) -> io::Result<Format> {
     }
 }
 
-fn lock(file: &File, shared: bool, path: &Path) -> Result<(), DiskError> {
-    let operation =
-        if shared { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-    match rustix::fs::flock(file, operation) {
-        Ok(()) => Ok(()),
-        Err(Errno::WOULDBLOCK) => Err(DiskError::InUse(path.to_owned())),
-        Err(error) => {
-            tracing::warn!("Disk {} cannot be locked on its file system: {error}", path.display());
-            Ok(())
+/// A held lock. It is given up by name, not only by closing: a child that is just being started may have the
+/// descriptor for a moment longer.
+struct Lock(File);
+
+impl Lock {
+    fn new(file: File, shared: bool, path: &Path) -> Result<Lock, DiskError> {
+        let operation = if shared {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        match rustix::fs::flock(&file, operation) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(DiskError::InUse(path.to_owned())),
+            Err(error) => {
+                tracing::warn!("Disk {} cannot be locked on its file system: {error}", path.display());
+            }
         }
+        Ok(Lock(file))
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }
