@@ -158,18 +158,35 @@ fn standard(core: &Core, number: u32) -> (usize, usize) {
     if offset < EXTENDED || offset + len > 4096 { (EXTENDED, 0) } else { (offset, len) }
 }
 
-/// (number, offset there, standard offset, length) of each extended component of `set` in the compacted format,
-/// and the end.
-fn compacted(core: &Core, set: u64) -> ([(u32, usize, usize, usize); 16], usize, usize) {
-    let mut list = [(0, 0, 0, 0); 16];
+/// An extended component in both formats.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    number: u32,
+    /// Offset in the compacted format.
+    packed: usize,
+    /// Offset in the standard format.
+    offset: usize,
+    len: usize,
+}
+
+impl Place {
+    fn start(&self, compact: bool) -> usize {
+        if compact { self.packed } else { self.offset }
+    }
+}
+
+/// The places of the extended components of `set`, the compacted format being that of `set`; how many; where that
+/// format ends.
+fn places(core: &Core, set: u64) -> ([Place; 16], usize, usize) {
+    let mut list = [Place::default(); 16];
     let (mut used, mut end) = (0, EXTENDED);
     for number in components(set).take(16) {
         let aligned = describe(core, number)[2] & 2 != 0;
         let (offset, len) = standard(core, number);
-        let start = if aligned { end.next_multiple_of(64) } else { end };
-        list[used] = (number, start, offset, len);
+        let packed = if aligned { end.next_multiple_of(64) } else { end };
+        list[used] = Place { number, packed, offset, len };
         used += 1;
-        end = start + len;
+        end = packed + len;
     }
     (list, used, end)
 }
@@ -288,10 +305,10 @@ fn xsave(core: &mut Core, insn: &Instruction, compact: bool) -> Result<()> {
         return Err(Trap::ud());
     }
     let set = requested(core)?;
-    let (list, count, compact_end) = compacted(core, set);
+    let (list, count, compact_end) = places(core, set);
     let list = &list[..count];
     let end =
-        if compact { compact_end } else { list.iter().map(|c| c.2 + c.3).fold(EXTENDED, usize::max) };
+        if compact { compact_end } else { list.iter().map(|c| c.offset + c.len).fold(EXTENDED, usize::max) };
     let linear = area(core, insn, end, true)?;
     core.probe_write(linear, end, Privilege::Current)?;
     let mut old = [0u8; 8];
@@ -319,7 +336,7 @@ fn xsave(core: &mut Core, insn: &Instruction, compact: bool) -> Result<()> {
     if written & SSE != 0 {
         save(core, 160, 160, 16 * registers(core))?;
     }
-    for &(number, packed, offset, len) in list {
+    for &Place { number, packed, offset, len } in list {
         let len = mode_len(core, number, len);
         if written >> number & 1 != 0 && len != 0 {
             save(core, if compact { packed } else { offset }, offset, len)?;
@@ -358,13 +375,12 @@ fn xrstor(core: &mut Core, insn: &Instruction) -> Result<()> {
     }
     let loaded = set & present;
     let layout = if compact { form & !COMPACT } else { set };
-    let (list, count, _) = compacted(core, layout);
+    let (list, count, _) = places(core, layout);
     let list = &list[..count];
-    let source = |c: &(u32, usize, usize, usize)| if compact { c.1 } else { c.2 };
     let end = list
         .iter()
-        .filter(|c| loaded >> c.0 & 1 != 0)
-        .map(|c| source(c) + c.3)
+        .filter(|c| loaded >> c.number & 1 != 0)
+        .map(|c| c.start(compact) + c.len)
         .fold(EXTENDED, usize::max)
         .min(4096);
     if end > EXTENDED {
@@ -399,9 +415,9 @@ fn xrstor(core: &mut Core, insn: &Instruction) -> Result<()> {
         let (offset, len) = standard(core, number);
         let len = mode_len(core, number, len);
         let target = &mut image.0[offset..offset + len];
-        match list.iter().find(|c| c.0 == number && loaded >> number & 1 != 0) {
-            Some(c) if source(c) + len <= end => {
-                target.copy_from_slice(&memory[source(c)..source(c) + len]);
+        match list.iter().find(|c| c.number == number && loaded >> number & 1 != 0) {
+            Some(c) if c.start(compact) + len <= end => {
+                target.copy_from_slice(&memory[c.start(compact)..c.start(compact) + len]);
             }
             _ => target.fill(0),
         }

@@ -253,7 +253,14 @@ fn reach(plan: &Plan, offset: u64, linear: u64) -> u64 {
 }
 
 /// Host address of the element at `offset`, if `count` elements from it on are plain RAM.
-fn span(core: &mut Core, plan: &Plan, segment: usize, offset: u64, count: u64, write: bool) -> Option<*mut u8> {
+fn span(
+    core: &mut Core,
+    plan: &Plan,
+    segment: usize,
+    offset: u64,
+    count: u64,
+    write: bool,
+) -> Option<*mut u8> {
     let len = count as usize * plan.size;
     let back = if plan.down { len - plan.size } else { 0 };
     let linear = core.linear(segment, offset.wrapping_sub(back as u64), len, write).ok()?;
@@ -369,7 +376,14 @@ fn fill(plan: &Plan, destination: *mut u8, count: u64, value: u64) {
 }
 
 /// Elements left when the comparison stopped (0 when it did not), and the flags as the context keeps them.
-fn scan(plan: &Plan, source: *mut u8, destination: *mut u8, count: u64, value: u64, equal: bool) -> (u64, u32) {
+fn scan(
+    plan: &Plan,
+    source: *mut u8,
+    destination: *mut u8,
+    count: u64,
+    value: u64,
+    equal: bool,
+) -> (u64, u32) {
     let rest: u64;
     let mut flags = value;
     macro_rules! go {

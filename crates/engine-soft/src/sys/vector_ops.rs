@@ -17,7 +17,8 @@ use crate::trap::{Result, Trap};
 
 /// #UD and #NM of VEX instructions (SDM vol. 2A, table 2-20 and kin).
 pub(super) fn avx(core: &Core) -> Result<()> {
-    let enabled = core.protected() && !core.v86() && core.sys.cr4 & cr4::OSXSAVE != 0 && core.sys.xcr0 & 6 == 6;
+    let enabled =
+        core.protected() && !core.v86() && core.sys.cr4 & cr4::OSXSAVE != 0 && core.sys.xcr0 & 6 == 6;
     if !enabled {
         return Err(Trap::ud());
     }

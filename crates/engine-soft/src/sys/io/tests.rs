@@ -2,7 +2,9 @@ use wardian_cpu::Exit;
 use wardian_cpu::bits::rflags;
 
 use crate::core::Core;
-use crate::sys::legacy::harness::{CODE, complete, core16, core64, exception, once, page_fault, peek, poke, protect, run};
+use crate::sys::legacy::harness::{
+    CODE, complete, core16, core64, exception, once, page_fault, peek, poke, protect, run,
+};
 use crate::sys::legacy::operand::{RAX, RCX, RDI, RDX, RSI};
 use crate::trap::Trap;
 

@@ -42,7 +42,8 @@ fn segments(core: &mut Core, code: Segment, data: Segment) {
 /// 64-bit user code; linear equals physical up to 2 MiB, but [`DEVICE`] is no RAM.
 pub(crate) fn core64() -> Box<Core> {
     let mut core = blank();
-    let entry = |core: &Core, at: u64, value: u64| core.mem.write(Gpa(at), &value.to_le_bytes()).expect("RAM");
+    let entry =
+        |core: &Core, at: u64, value: u64| core.mem.write(Gpa(at), &value.to_le_bytes()).expect("RAM");
     for level in 0..3 {
         let table = TABLES + level * 0x1000;
         entry(&core, table, (table + 0x1000) | 7);

@@ -1,13 +1,11 @@
 //! Operands by iced's names, and the flags of integer arithmetic.
 
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Instruction, OpKind, Register};
 use wardian_cpu::bits::rflags::{AF, ARITH, CF, OF, PF, SF, ZF};
 
 use crate::access::size_mask;
 use crate::core::{Core, Privilege};
 use crate::trap::{Result, Trap};
-
-pub(crate) use crate::sys::{register, set_register};
 
 /// RAX's number.
 pub(crate) const RAX: usize = 0;
@@ -25,6 +23,31 @@ pub(crate) const RBP: usize = 5;
 pub(crate) const RSI: usize = 6;
 /// RDI's number.
 pub(crate) const RDI: usize = 7;
+
+/// (number, bit offset) of a general register's low byte.
+fn place(register: Register) -> (usize, u32) {
+    match register {
+        Register::AH | Register::CH | Register::DH | Register::BH => (register.number() - 4, 8),
+        _ => (register.number(), 0),
+    }
+}
+
+/// Value of a general register of any width, zero-extended.
+pub(crate) fn register(core: &Core, register: Register) -> u64 {
+    let (number, shift) = place(register);
+    (core.gpr(number) >> shift) & size_mask(register.size())
+}
+
+/// Writes a general register of any width as [`set_sized`] does.
+pub(crate) fn set_register(core: &mut Core, register: Register, value: u64) {
+    match place(register) {
+        (number, 8) => {
+            let old = core.gpr(number);
+            core.set_gpr(number, (old & !0xff00) | ((value & 0xff) << 8));
+        }
+        (number, _) => set_sized(core, number, register.size(), value),
+    }
+}
 
 /// Writes the low `size` bytes of general register `number` as instructions do: 32 bits zero-extend, 8 and
 /// 16 leave the rest.
@@ -111,6 +134,12 @@ fn result_flags(result: u64, size: usize) -> u64 {
     flags
 }
 
+/// CF, AF and OF from the carries out of each bit, and whose sign bit says overflow.
+fn chain_flags(out: u64, over: u64, sign: u32) -> u64 {
+    let bit = |bits: u64, n: u32, flag: u64| if bits >> n & 1 != 0 { flag } else { 0 };
+    bit(out, sign, CF) | bit(out, 3, AF) | bit(over, sign, OF)
+}
+
 /// `a op b` on `size` bytes: the result and RFLAGS after it (from `flags` before).
 pub(crate) fn alu(op: Alu, size: usize, a: u64, b: u64, flags: u64) -> (u64, u64) {
     let mask = size_mask(size);
@@ -132,7 +161,7 @@ pub(crate) fn alu(op: Alu, size: usize, a: u64, b: u64, flags: u64) -> (u64, u64
             // Carry out of each bit.
             let out = (a & b) | ((a | b) & !result);
             let over = (a ^ result) & (b ^ result);
-            let mut arith = (out >> sign & 1) * CF | (out >> 3 & 1) * AF | (over >> sign & 1) * OF;
+            let mut arith = chain_flags(out, over, sign);
             if op == Alu::Inc {
                 arith = (arith & !CF) | (flags & CF);
             }
@@ -149,7 +178,7 @@ pub(crate) fn alu(op: Alu, size: usize, a: u64, b: u64, flags: u64) -> (u64, u64
             // Borrow out of each bit.
             let out = (!a & b) | ((!a | b) & result);
             let over = (a ^ b) & (a ^ result);
-            let mut arith = (out >> sign & 1) * CF | (out >> 3 & 1) * AF | (over >> sign & 1) * OF;
+            let mut arith = chain_flags(out, over, sign);
             if op == Alu::Dec {
                 arith = (arith & !CF) | (flags & CF);
             }

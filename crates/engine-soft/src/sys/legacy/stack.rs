@@ -52,6 +52,7 @@ pub(crate) fn top(core: &mut Core, size: usize) -> Result<u64> {
 }
 
 /// Operand size and form of a PUSH or POP.
+#[derive(Clone, Copy)]
 enum Form {
     Push(usize),
     Pop(usize),
@@ -115,9 +116,7 @@ fn pop(core: &mut Core, insn: &Instruction, size: usize) -> Result<()> {
         return Ok(());
     }
     // An address that uses SP uses its value after the pop.
-    let done = core
-        .operand_address(insn, size, true)
-        .and_then(|linear| store(core, linear, size, popped));
+    let done = core.operand_address(insn, size, true).and_then(|linear| store(core, linear, size, popped));
     if done.is_err() {
         core.set_gpr(RSP, before);
     }

@@ -5,7 +5,9 @@ use core::arch::asm;
 use wardian_cpu::bits::rflags::{AF, ARITH, CF, OF, PF, SF, ZF};
 use wardian_cpu::bits::vector;
 
-use super::harness::{CODE, DEVICE, complete, core16, core32, core64, exception, page_fault, peek, poke, protect, run};
+use super::harness::{
+    CODE, DEVICE, complete, core16, core32, core64, exception, page_fault, peek, poke, protect, run,
+};
 use super::operand::{Alu, RAX, RBP, RBX, RCX, RDX, RSP, alu};
 use crate::core::{Core, seg};
 
@@ -15,7 +17,7 @@ struct Values(u64);
 impl Values {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let random = self.0 >> 16 | self.0 << 48;
+        let random = self.0.rotate_right(16);
         match random % 8 {
             0 => 0,
             1 => u64::MAX,
@@ -179,14 +181,14 @@ impl Drop for Compatibility {
 #[test]
 fn decimal_arithmetic_is_the_processors() {
     let cases: [(&[u8], u64); 8] = [
-        (&[0x37], AF | CF),                            // AAA
-        (&[0x3f], AF | CF),                            // AAS
-        (&[0x27], AF | CF | SF | ZF | PF),             // DAA
-        (&[0x2f], AF | CF | SF | ZF | PF),             // DAS
-        (&[0xd4, 10], SF | ZF | PF),                   // AAM
+        (&[0x37], AF | CF),                // AAA
+        (&[0x3f], AF | CF),                // AAS
+        (&[0x27], AF | CF | SF | ZF | PF), // DAA
+        (&[0x2f], AF | CF | SF | ZF | PF), // DAS
+        (&[0xd4, 10], SF | ZF | PF),       // AAM
         (&[0xd4, 7], SF | ZF | PF),
-        (&[0xd5, 10], SF | ZF | PF),                   // AAD
-        (&[0xd6], ARITH),                              // SALC
+        (&[0xd5, 10], SF | ZF | PF), // AAD
+        (&[0xd6], ARITH),            // SALC
     ];
     let mut core = core32();
     for (insn, defined) in cases {
@@ -213,7 +215,7 @@ fn decimal_examples_of_the_manual() {
     let mut core = core32();
     for (insn, ax, flags, after, after_flags) in [
         (&[0x27u8][..], 0xae, PF | SF, 0x14, AF | CF | PF), // DAA of 79h + 35h (SDM vol. 2A, DAA)
-        (&[0x2f], 0xaa, CF | SF, 0x44, CF | AF | PF),        // DAS after 35h - 47h = EEh is 88h; here AAh
+        (&[0x2f], 0xaa, CF | SF, 0x44, CF | AF | PF),       // DAS after 35h - 47h = EEh is 88h; here AAh
         (&[0x37], 0x000f, 0, 0x0105, CF | AF),
         (&[0x3f], 0x02ff, AF, 0x0109, CF | AF),
     ] {
@@ -241,7 +243,10 @@ fn bound_compares_signed() {
 fn pushes_and_pops_of_a_small_stack() {
     let mut core = core32();
     // A 16-bit stack segment with a base: only SP counts, and it wraps.
-    core.set_segment(seg::SS, wardian_cpu::Segment { selector: 0x18, base: 0x2_0000, limit: 0xffff, rights: 0x93 });
+    core.set_segment(
+        seg::SS,
+        wardian_cpu::Segment { selector: 0x18, base: 0x2_0000, limit: 0xffff, rights: 0x93 },
+    );
     core.set_gpr(RSP, 0x7777_0002);
     core.set_gpr(RAX, 0x1122_3344);
     assert_eq!(run(&mut core, &[0x50]), exception(vector::SS, Some(0)), "wraps within a dword");
@@ -290,10 +295,8 @@ fn all_registers_at_once() {
     core.set_gpr(RSP, 0x8000);
     run(&mut core, &[0x60]).expect("pushad");
     assert_eq!(core.gpr(RSP), 0x8000 - 32);
-    let pushed: Vec<u32> = peek(&core, 0x7fe0, 32)
-        .chunks(4)
-        .map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]))
-        .collect();
+    let pushed: Vec<u32> =
+        peek(&core, 0x7fe0, 32).chunks(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
     let expected = [0x7777_7777, 0x6666_6666, 0x5555_5555, 0x8000, 0x3333_3333, 0x2222_2222, 0x1111_1111, 0];
     assert_eq!(pushed, expected);
     poke(&core, 0x7fe0, &[9, 9, 9, 9]);
@@ -549,7 +552,9 @@ fn wide_compare_exchange() {
 fn bit_strings_reach_far() {
     let mut core = core64();
     let base = 0x4_0000u64;
-    for (bit, size) in [(0i64, 4), (31, 4), (32, 4), (-1, 4), (100_003, 4), (-70_001, 8), (1 << 18, 8), (-32_768, 2)] {
+    for (bit, size) in
+        [(0i64, 4), (31, 4), (32, 4), (-1, 4), (100_003, 4), (-70_001, 8), (1 << 18, 8), (-32_768, 2)]
+    {
         let prefix: &[u8] = match size {
             2 => &[0x66],
             8 => &[0x48],

@@ -206,7 +206,12 @@ fn zero_counts() {
     let [count, from, to] = &mut native;
     // SAFETY: the count is zero: nothing is accessed.
     unsafe {
-        core::arch::asm!(".byte 0x67, 0xf3, 0xa4", inout("rcx") *count, inout("rsi") *from, inout("rdi") *to);
+        core::arch::asm!(
+            ".byte 0x67, 0xf3, 0xa4",
+            inout("rcx") * count,
+            inout("rsi") * from,
+            inout("rdi") * to
+        );
     }
     if core.model.name.starts_with("host") {
         assert_eq!(registers(&core), native);
