@@ -156,3 +156,8 @@ pub mod msr {
     pub const GS_BASE: u32 = 0xc000_0101;
     pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
 }
+
+/// Whether the processor calls itself Intel's: SYSENTER and SYSCALL differ in compatibility mode.
+pub fn intel() -> bool {
+    cpuid(0, 0)[1] == 0x756e_6547
+}

@@ -76,7 +76,7 @@ macro_rules! guest {
 /// address and that of the instruction behind it are in `name_at`.
 #[macro_export]
 macro_rules! snippet {
-    ($name:ident, $at:ident, $before:literal, $it:literal $(, $after:literal)?) => {
+    ($name:ident, $at:ident, $before:expr, $it:expr $(, $after:expr)?) => {
         core::arch::global_asm!(
             concat!(".globl ", stringify!($name)),
             concat!(stringify!($name), ":"),
