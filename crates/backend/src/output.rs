@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -12,6 +13,13 @@ use std::time::Duration;
 const CAPACITY: usize = 1 << 20;
 /// How long a writer waits for room before bytes are dropped.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// How long the thread lets bytes gather before it writes them: a guest prints one at a time, and a host
+/// call and a thread switch for each would cost it dearly.
+const GATHER: Duration = Duration::from_millis(1);
+/// As many bytes are worth a host call at once.
+const ENOUGH: usize = 4096;
+/// How long to leave a descriptor alone that somebody has made non-blocking and that is full.
+const RETRY: Duration = Duration::from_millis(2);
 
 #[derive(Default)]
 struct State {
@@ -87,7 +95,8 @@ impl Output {
     /// # Errors
     /// When the host has no threads left.
     pub fn stdout() -> io::Result<Output> {
-        Output::new("stdout", io::stdout())
+        // Not `io::stdout()`: that would buffer lines once more.
+        Output::new("stdout", File::from(io::stdout().as_fd().try_clone_to_owned()?))
     }
 
     /// A file, created or emptied.
@@ -171,6 +180,19 @@ impl std::fmt::Debug for Output {
     }
 }
 
+fn write_all(sink: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match sink.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(RETRY),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 fn drain(shared: &Shared, mut sink: impl Write, name: &str) {
     let mut failed = false;
     let mut state = shared.state();
@@ -180,6 +202,11 @@ fn drain(shared: &Shared, mut sink: impl Write, name: &str) {
                 return;
             }
             state = shared.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
+            if state.closed || state.buffer.len() >= ENOUGH {
+                continue;
+            }
+            let wait = shared.filled.wait_timeout_while(state, GATHER, |state| !state.closed);
+            state = wait.unwrap_or_else(PoisonError::into_inner).0;
             continue;
         }
         let bytes = std::mem::take(&mut state.buffer);
@@ -188,8 +215,9 @@ fn drain(shared: &Shared, mut sink: impl Write, name: &str) {
         shared.drained.notify_all();
         if !failed {
             let (front, back) = bytes.as_slices();
-            let result =
-                sink.write_all(front).and_then(|()| sink.write_all(back)).and_then(|()| sink.flush());
+            let result = write_all(&mut sink, front)
+                .and_then(|()| write_all(&mut sink, back))
+                .and_then(|()| sink.flush());
             if let Err(error) = result {
                 failed = true;
                 if error.kind() != io::ErrorKind::BrokenPipe {
@@ -255,6 +283,34 @@ mod tests {
         output.send(b"back");
         output.drain();
         assert_eq!(output.dropped(), 10_000);
+    }
+
+    #[test]
+    fn single_bytes_are_written_together() {
+        let (go, wait) = sync_channel(16);
+        let (told, tell) = sync_channel(5000);
+        let output = Output::new("gather", Gate(wait, told)).unwrap();
+        drop(go);
+        for _ in 0..2000 {
+            output.send(b"x");
+        }
+        output.drain();
+        drop(output);
+        let writes: Vec<usize> = tell.iter().collect();
+        assert_eq!(writes.iter().sum::<usize>(), 2000);
+        assert!(writes.len() < 200, "{} writes", writes.len());
+    }
+
+    #[test]
+    fn a_full_nonblocking_pipe_is_waited_for() {
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        rustix::fs::fcntl_setfl(&write, rustix::fs::OFlags::NONBLOCK).unwrap();
+        let output = Output::new("pipe", std::fs::File::from(write)).unwrap();
+        output.send(&vec![b'z'; 300_000]);
+        let reader =
+            std::thread::spawn(move || io::copy(&mut std::fs::File::from(read), &mut io::sink()).unwrap());
+        drop(output);
+        assert_eq!(reader.join().unwrap(), 300_000);
     }
 
     #[test]
