@@ -71,7 +71,8 @@ pub(crate) fn save(core: &Core) -> CpuState {
     let sys = &core.sys;
     let mut copy = sys.clone();
     let indexes = PLAIN.into_iter().chain(0x200..=0x20f).chain(FIXED_MTRRS);
-    let msrs = indexes.filter_map(|index| field(&mut copy, index).map(|v| Msr { index, value: *v })).collect();
+    let msrs =
+        indexes.filter_map(|index| field(&mut copy, index).map(|v| Msr { index, value: *v })).collect();
     let mut segments = sys.segments;
     for (segment, base) in segments.iter_mut().zip(core.c().seg_base) {
         segment.base = base;
@@ -115,7 +116,12 @@ fn check_control(core: &Core, s: &CpuState) -> Check {
     require(s.cr0 >> 32 == 0, "CR0", s.cr0, "the upper half is reserved")?;
     require(!pg || s.cr0 & cr0::PE != 0, "CR0", s.cr0, "paging needs protected mode")?;
     require(s.cr0 & (cr0::NW | cr0::CD) != cr0::NW, "CR0", s.cr0, "NW needs CD")?;
-    require(s.cr4 & !core.model.cr4_mask() == 0, "CR4", s.cr4, "the processor model lacks a feature that is on")?;
+    require(
+        s.cr4 & !core.model.cr4_mask() == 0,
+        "CR4",
+        s.cr4,
+        "the processor model lacks a feature that is on",
+    )?;
     require(lma || s.cr4 & cr4::PCIDE == 0, "CR4", s.cr4, "PCIDE needs IA-32e mode")?;
     require(s.efer & !efer_mask == 0, "EFER", s.efer, "the processor model lacks a feature that is on")?;
     require(lma == (pg && s.efer & efer::LME != 0), "EFER", s.efer, "LMA must be LME and CR0.PG")?;
@@ -144,7 +150,12 @@ fn check_segments(s: &CpuState) -> Check {
     }
     let cs = s.segments[seg::CS];
     let rights = u64::from(cs.rights);
-    require(!cs.unusable() && cs.is_code_or_data() && cs.present(), "CS", rights, "code needs a usable segment")?;
+    require(
+        !cs.unusable() && cs.is_code_or_data() && cs.present(),
+        "CS",
+        rights,
+        "code needs a usable segment",
+    )?;
     if lma && cs.long() {
         require(!cs.big(), "CS", rights, "L and D exclude each other")?;
         require(cs.base == 0, "CS", cs.base, "64-bit code has no segment base")?;
@@ -202,7 +213,9 @@ fn check_msr(core: &Core, msr: Msr) -> Check {
     let Msr { index, value } = msr;
     let good = match index {
         msr::PAT => pat_allowed(value),
-        msr::LSTAR | msr::CSTAR | msr::KERNEL_GS_BASE | msr::SYSENTER_ESP | msr::SYSENTER_EIP => canonical(value),
+        msr::LSTAR | msr::CSTAR | msr::KERNEL_GS_BASE | msr::SYSENTER_ESP | msr::SYSENTER_EIP => {
+            canonical(value)
+        }
         msr::SYSENTER_CS | msr::TSC_AUX | msr::SFMASK => value >> 32 == 0,
         msr::MISC_ENABLE => misc_value(value) == value,
         msr::DEBUGCTL => value == 0,
@@ -297,4 +310,25 @@ pub(crate) fn restore(core: &mut Core, state: &CpuState) -> Result<(), InvalidSt
     core.flush_tlb(Flush::All);
     core.mode_dirty = true;
     Ok(())
+}
+
+/// INIT (Intel SDM vol. 3A, table 9-1): the reset state, but caching mode, XCR0, FPU and vector registers, TSC, PAT,
+/// MTRRs and machine-check registers stay. The activity is the caller's business.
+///
+/// # Errors
+/// As [`restore`].
+pub(crate) fn init(core: &mut Core) -> Result<(), InvalidState> {
+    let old = save(core);
+    let mut state = CpuState::reset();
+    state.gpr[2] = u64::from(core.model.signature());
+    state.cr0 = (old.cr0 & (cr0::CD | cr0::NW)) | cr0::ET;
+    state.xcr0 = old.xcr0;
+    state.xsave = old.xsave;
+    state.tsc_adjust = old.tsc_adjust;
+    let stays = |index: u32| match index {
+        msr::PAT | msr::MTRR_DEF_TYPE | msr::MISC_ENABLE | msr::MCG_STATUS | 0x200..=0x20f => true,
+        _ => fixed_mtrr(index).is_some(),
+    };
+    state.msrs = old.msrs.into_iter().filter(|msr| stays(msr.index)).collect();
+    restore(core, &state)
 }

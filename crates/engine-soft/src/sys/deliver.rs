@@ -125,20 +125,17 @@ pub(crate) fn deliver(core: &mut Core, event: Event) -> std::result::Result<(), 
 fn first(core: &mut Core, event: Event) -> Injection {
     match event {
         Event::Exception(e) => {
-            core.counters.exceptions += 1;
             record(core, &e);
             of_exception(core, e)
         }
-        Event::External(vector) => {
-            core.counters.interrupts += 1;
-            Injection { vector, error: None, software: false, rip: core.rip(), flags: core.rflags() }
-        }
-        Event::Nmi => {
-            core.counters.interrupts += 1;
-            let flags = core.rflags();
-            Injection { vector: vector::NMI, error: None, software: false, rip: core.rip(), flags }
-        }
+        Event::External(vector) => at_boundary(core, vector),
+        Event::Nmi => at_boundary(core, vector::NMI),
     }
+}
+
+fn at_boundary(core: &Core, vector: u8) -> Injection {
+    let flags = core.rflags() & !rflags::RF;
+    Injection { vector, error: None, software: false, rip: core.rip(), flags }
 }
 
 /// CR2, DR6 and DR7 as the exception leaves them.
@@ -156,7 +153,7 @@ fn record(core: &mut Core, e: &Exception) {
 
 fn of_exception(core: &Core, e: Exception) -> Injection {
     // Faults push RF so that the instruction does not hit its breakpoint again; an instruction breakpoint and
-    // the traps push it as it is (Intel SDM vol. 3B, 19.3.1.1).
+    // the traps push it clear (Intel SDM vol. 3B, 19.3.1.1).
     let rf = match e.vector {
         vector::DB | vector::BP | vector::OF | vector::DF | vector::MC => 0,
         _ => rflags::RF,
@@ -166,7 +163,7 @@ fn of_exception(core: &Core, e: Exception) -> Injection {
         error: e.error,
         software: false,
         rip: core.rip(),
-        flags: core.rflags() | rf,
+        flags: (core.rflags() & !rflags::RF) | rf,
     }
 }
 
@@ -313,7 +310,8 @@ fn protected(core: &mut Core, injection: &Injection) -> Result<()> {
         return Err(Trap::gp(code));
     }
     let level = if inner { entry.dpl() } else { core.cpl() };
-    let target = if size == 4 { (gate.raw & 0xffff) | (gate.raw >> 32 & 0xffff_0000) } else { gate.raw & 0xffff };
+    let target =
+        if size == 4 { (gate.raw & 0xffff) | (gate.raw >> 32 & 0xffff_0000) } else { gate.raw & 0xffff };
 
     let mut frame = Frame::new(size);
     let mut stack = Target::current(core, ext);

@@ -7,7 +7,8 @@ use wardian_cpu::bits::cr4;
 use wardian_cpu::{DescriptorTable, Segment};
 
 use super::{
-    advance, canonical, need_cpl0, need_protected, register, set_register, set_zf, stack, store_word, word_operand,
+    advance, canonical, need_cpl0, need_protected, register, set_register, set_zf, stack, store_word,
+    word_operand,
 };
 use crate::access::segment_number;
 use crate::core::{Core, Privilege, seg};
@@ -88,12 +89,7 @@ impl Entry {
     }
     /// As a loaded segment register.
     pub(crate) fn segment(self, selector: u16) -> Segment {
-        Segment {
-            selector,
-            base: self.base(),
-            limit: self.limit(),
-            rights: (self.raw >> 40) as u32 & 0xf0ff,
-        }
+        Segment { selector, base: self.base(), limit: self.limit(), rights: (self.raw >> 40) as u32 & 0xf0ff }
     }
 }
 
@@ -438,13 +434,13 @@ fn visible(core: &mut Core, selector: u16, gates: bool) -> Result<Option<Entry>>
     Ok(allowed.then_some(entry))
 }
 
-/// LAR.
+/// LAR. Processors hand out bits 8-23 of the descriptor's second half, the limit's upper bits among them.
 pub(crate) fn lar(core: &mut Core, insn: &Instruction) -> Result<()> {
     need_protected(core)?;
     let selector = word_operand(core, insn, 1)?;
     let entry = visible(core, selector, true)?;
     if let Some(entry) = entry {
-        set_register(core, insn.op0_register(), entry.raw >> 32 & 0x00f0_ff00);
+        set_register(core, insn.op0_register(), entry.raw >> 32 & 0x00ff_ff00);
     }
     set_zf(core, entry.is_some());
     advance(core, insn);

@@ -33,22 +33,41 @@ fn value_of(bytes: &[u8]) -> u64 {
 }
 
 /// Reads up the current stack; nothing is committed until [`Pops::commit`].
-#[derive(Clone, Copy)]
 pub(crate) struct Pops {
     pointer: u64,
     mask: u64,
+    /// Bytes read ahead, from `pointer` on.
+    ahead: [u8; 40],
+    /// How many of them are left, at the end of the buffer.
+    left: usize,
 }
 
 impl Pops {
     /// From the current top.
     pub(crate) fn new(core: &Core) -> Pops {
         let mask = mask(core);
-        Pops { pointer: core.gpr(4) & mask, mask }
+        Pops { pointer: core.gpr(4) & mask, mask, ahead: [0; 40], left: 0 }
+    }
+
+    /// Reads `len` bytes (at most 40) at once, all of which will be popped.
+    pub(crate) fn read_ahead(&mut self, core: &mut Core, len: usize) -> Result<()> {
+        let at = core.linear(seg::SS, self.pointer, len, false)?;
+        let from = self.ahead.len() - len;
+        core.read(at, &mut self.ahead[from..], Privilege::Current)?;
+        self.left = len;
+        Ok(())
     }
 
     /// The next `size` bytes.
     pub(crate) fn pop(&mut self, core: &mut Core, size: u8) -> Result<u64> {
         let size = usize::from(size);
+        if size <= self.left {
+            let from = self.ahead.len() - self.left;
+            let value = value_of(&self.ahead[from..from + size]);
+            self.left -= size;
+            self.pointer = self.pointer.wrapping_add(size as u64) & self.mask;
+            return Ok(value);
+        }
         let at = core.linear(seg::SS, self.pointer, size, false)?;
         let mut bytes = [0u8; 8];
         core.read(at, &mut bytes[..size], Privilege::Current)?;
@@ -58,6 +77,7 @@ impl Pops {
 
     /// Passes over `bytes`.
     pub(crate) fn skip(&mut self, bytes: u64) {
+        self.left = 0;
         self.pointer = self.pointer.wrapping_add(bytes) & self.mask;
     }
 

@@ -1,7 +1,7 @@
 //! Hardware task switches (Intel SDM vol. 3A, chapter 9; never in IA-32e mode).
 
-use wardian_cpu::bits::{cr0, rflags};
 use wardian_cpu::Segment;
+use wardian_cpu::bits::{cr0, rflags};
 
 use super::deliver::Injection;
 use super::descriptor::{self, Entry, code_of, is_null, kind};

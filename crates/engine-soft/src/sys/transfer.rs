@@ -20,11 +20,8 @@ fn size_bits(size: u8) -> u64 {
 
 /// #GP(0) unless `offset` can be fetched from in the segment that `entry` describes.
 fn check_target(core: &Core, entry: Entry, offset: u64) -> Result<()> {
-    let good = if core.long_mode() && entry.long() {
-        canonical(offset)
-    } else {
-        offset <= u64::from(entry.limit())
-    };
+    let good =
+        if core.long_mode() && entry.long() { canonical(offset) } else { offset <= u64::from(entry.limit()) };
     if good { Ok(()) } else { Err(Trap::gp(0)) }
 }
 
@@ -342,6 +339,9 @@ pub(crate) fn iret(core: &mut Core, next: u64, size: u8) -> Result<()> {
         return Ok(());
     }
     let mut pops = Pops::new(core);
+    if core.is_64bit() {
+        pops.read_ahead(core, 5 * usize::from(size))?;
+    }
     let offset = pops.pop(core, size)?;
     let selector = pops.pop(core, size)? as u16;
     let popped = pops.pop(core, size)?;
@@ -496,7 +496,6 @@ pub(crate) fn syscall(core: &mut Core, next: u64) -> Result<()> {
     if core.sys.efer & efer::SCE == 0 || !core.protected() || (!core.is_64bit() && !amd(core)) || core.v86() {
         return Err(Trap::ud());
     }
-    core.counters.syscalls += 1;
     let flags = core.rflags() & !rflags::RF;
     let star = core.sys.star;
     let cs = (star >> 32) as u16 & !3;
