@@ -1,0 +1,162 @@
+//! What is compared and what is not, each with its reason.
+
+use iced_x86::{Code, CpuidFeature as C, DecoderOptions, EncodingKind, Mnemonic as M};
+use wardian_cpu::{CpuModel, Feature as F};
+
+/// Parts of the x87 image that are not compared after an x87 instruction that records itself: a translator runs the
+/// instruction at another address, and no operating system or program relies on them.
+pub const X87_POINTERS: [&str; 3] = ["fop", "fip", "fdp"];
+
+/// Instructions that are left out, with the reason.
+pub const EXCLUDED: &[(&str, &[M])] = &[
+    ("answers by the processor model, not by the host", &[M::Cpuid, M::Xgetbv]),
+    ("a different value each time", &[M::Rdtsc, M::Rdtscp, M::Rdrand, M::Rdseed, M::Rdpid, M::Rdpmc]),
+    (
+        "the host's kernel emulates it (UMIP), the guest's does not",
+        &[M::Sgdt, M::Sidt, M::Sldt, M::Str, M::Smsw],
+    ),
+    ("depends on the descriptor tables; tested by guests", &[M::Lar, M::Lsl, M::Verr, M::Verw]),
+    (
+        "enters the host's kernel; tested by guests",
+        &[M::Syscall, M::Sysenter, M::Int, M::Int3, M::Int1, M::Into, M::Vmcall, M::Vmmcall, M::Vmgexit],
+    ),
+    (
+        "loads or leaves a code segment; tested by guests",
+        &[M::Iret, M::Iretd, M::Iretq, M::Retf, M::Jmpe, M::Sysexit, M::Sysexitq, M::Sysret, M::Sysretq],
+    ),
+    ("goes to where the host's kernel may have something", &[M::Xabort, M::Xbegin, M::Xend, M::Xtest]),
+    (
+        "no data-sized result: MPX is not offered",
+        &[M::Bndcl, M::Bndcn, M::Bndcu, M::Bndldx, M::Bndmk, M::Bndmov, M::Bndstx],
+    ),
+    (
+        "stores what the host tracks of its own state use (XINUSE)",
+        &[M::Xsavec, M::Xsavec64, M::Xsaveopt, M::Xsaveopt64],
+    ),
+    ("privileged and dangerous to try outside a guest", &[M::Rsm, M::Getsec, M::Encls, M::Enclu, M::Enclv]),
+];
+
+fn features(wanted: C) -> Option<&'static [F]> {
+    Some(match wanted {
+        C::INTEL8086
+        | C::INTEL186
+        | C::INTEL286
+        | C::INTEL386
+        | C::INTEL486
+        | C::X64
+        | C::CPUID
+        | C::MULTIBYTENOP
+        | C::PAUSE
+        | C::MSR
+        | C::TSC
+        | C::RDPMC
+        | C::SEP
+        | C::CET_IBT
+        | C::SMAP
+        | C::INVPCID
+        | C::SYSCALL => &[],
+        C::FPU | C::FPU287 | C::FPU387 => &[F::Fpu],
+        C::CX8 => &[F::Cx8],
+        C::CMOV => &[F::Cmov],
+        C::MMX => &[F::Mmx],
+        C::FXSR => &[F::Fxsr],
+        C::SSE => &[F::Sse],
+        C::SSE2 => &[F::Sse2],
+        C::SSE3 => &[F::Sse3],
+        C::SSSE3 => &[F::Ssse3],
+        C::SSE4_1 => &[F::Sse41],
+        C::SSE4_2 => &[F::Sse42],
+        C::SSE4A => &[F::Sse4a],
+        C::ADX => &[F::Adx],
+        C::AES => &[F::Aes],
+        C::AVX => &[F::Avx],
+        C::AVX2 => &[F::Avx2],
+        C::FMA => &[F::Fma],
+        C::F16C => &[F::F16c],
+        C::BMI1 => &[F::Bmi1],
+        C::BMI2 => &[F::Bmi2],
+        C::LZCNT => &[F::Abm],
+        C::POPCNT => &[F::Popcnt],
+        C::MOVBE => &[F::Movbe],
+        C::PCLMULQDQ => &[F::Pclmulqdq],
+        C::VPCLMULQDQ => &[F::Vpclmulqdq],
+        C::VAES => &[F::Vaes],
+        C::GFNI => &[F::Gfni],
+        C::SHA => &[F::ShaNi],
+        C::SHA512 => &[F::Sha512],
+        C::SM3 => &[F::Sm3],
+        C::SM4 => &[F::Sm4],
+        C::CLFSH => &[F::Clflush],
+        C::CLFLUSHOPT => &[F::Clflushopt],
+        C::CLWB => &[F::Clwb],
+        C::CMPXCHG16B => &[F::Cx16],
+        C::FSGSBASE => &[F::Fsgsbase],
+        C::PREFETCHW => &[F::Prefetchw],
+        C::SERIALIZE => &[F::Serialize],
+        C::XSAVE => &[F::Xsave],
+        C::AVX_VNNI => &[F::AvxVnni],
+        C::AVX_IFMA => &[F::AvxIfma],
+        C::AVX_NE_CONVERT => &[F::AvxNeConvert],
+        C::AVX_VNNI_INT8 => &[F::AvxVnniInt8],
+        C::AVX_VNNI_INT16 => &[F::AvxVnniInt16],
+        C::AVX512F => &[F::Avx512f],
+        C::AVX512BW => &[F::Avx512bw],
+        C::AVX512CD => &[F::Avx512cd],
+        C::AVX512DQ => &[F::Avx512dq],
+        C::AVX512VL => &[F::Avx512vl],
+        C::AVX512_IFMA => &[F::Avx512ifma],
+        C::AVX512_VBMI => &[F::Avx512vbmi],
+        C::AVX512_VBMI2 => &[F::Avx512vbmi2],
+        C::AVX512_VNNI => &[F::Avx512vnni],
+        C::AVX512_BITALG => &[F::Avx512bitalg],
+        C::AVX512_BF16 => &[F::Avx512bf16],
+        C::AVX512_FP16 => &[F::Avx512fp16],
+        C::AVX512_VPOPCNTDQ => &[F::Avx512vpopcntdq],
+        C::AVX512_VP2INTERSECT => &[F::Avx512vp2intersect],
+        _ => return None,
+    })
+}
+
+/// Why `code` is left out, if it is.
+#[must_use]
+pub fn excluded(code: Code) -> Option<&'static str> {
+    let mnemonic = code.mnemonic();
+    let by_name = EXCLUDED.iter().find(|(_, list)| list.contains(&mnemonic)).map(|(reason, _)| *reason);
+    by_name.or_else(|| {
+        (code.is_jmp_far() || code.is_call_far() || code.is_jmp_far_indirect() || code.is_call_far_indirect())
+            .then_some("loads or leaves a code segment; tested by guests")
+    })
+}
+
+/// The encodings that are tried for a guest of `model` in `bitness`-bit code.
+#[must_use]
+pub fn codes(model: &CpuModel, bitness: u32) -> Vec<Code> {
+    Code::values()
+        .filter(|code| {
+            let info = code.op_code();
+            let encoding =
+                matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX | EncodingKind::EVEX);
+            let carried = code
+                .cpuid_features()
+                .iter()
+                .all(|feature| features(*feature).is_some_and(|list| list.iter().all(|f| model.has(*f))));
+            info.is_instruction()
+                && info.is_available_in_mode(bitness)
+                && info.decoder_option() == DecoderOptions::NONE
+                && (if bitness == 64 { info.intel_decoder64() } else { info.intel_decoder32() })
+                && !info.fwait()
+                && encoding
+                && carried
+                && excluded(*code).is_none()
+        })
+        .collect()
+}
+
+/// Why the native outcome cannot be compared with any guest's, if so.
+#[must_use]
+pub fn meaningless(native: &crate::case::Outcome) -> Option<&'static str> {
+    let address = native.fault.address as i64;
+    let high = address >> 47;
+    (native.fault.vector == 14 && high != 0 && high != -1)
+        .then_some("the host has 57-bit linear addresses, the guest 48-bit ones")
+}
