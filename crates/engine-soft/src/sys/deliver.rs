@@ -362,7 +362,7 @@ fn protected(core: &mut Core, injection: &Injection) -> Result<()> {
 fn long(core: &mut Core, injection: &Injection) -> Result<()> {
     let ext = u32::from(!injection.software);
     let offset = u32::from(injection.vector) * 16;
-    let code = u32::from(injection.vector) * 8 | 2 | ext;
+    let code = (u32::from(injection.vector) * 8) | 2 | ext;
     if offset + 15 > u32::from(core.sys.idtr.limit) {
         return Err(Trap::gp(code));
     }

@@ -110,7 +110,8 @@ fn far_pointer_loads() {
 #[test]
 fn access_rights_limits_and_verification() {
     // Selector, at level 3: LAR, LSL, VERR, VERW.
-    let rows: &[(u16, Option<u64>, Option<u64>, bool, bool)] = &[
+    type Rights = (u16, Option<u64>, Option<u64>, bool, bool);
+    let rows: &[Rights] = &[
         (USER_DATA, Some(0xcf_f300), Some(0xffff_ffff), true, true),
         (READ_ONLY, Some(0xcf_f100), Some(0xffff_ffff), true, false),
         (EXECUTE_ONLY, Some(0xcf_f900), Some(0xffff_ffff), false, false),
