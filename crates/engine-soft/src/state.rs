@@ -193,8 +193,9 @@ fn check_xsave(core: &Core, s: &CpuState) -> Check {
     let len = s.xsave.len();
     require(len >= XSAVE_MIN, "XSAVE", len as u64, "the image is too short")?;
     let present = u64_at(&s.xsave, XSTATE_BV);
-    let mask = core.model.xcr0_mask() | 3;
-    require(present & !mask == 0, "XSTATE_BV", present, "the processor model lacks a component")?;
+    // The engine always carries x87, SSE and AVX state, whatever the guest may enable.
+    let mask = core.model.xcr0_mask() | 7;
+    require(present & !mask == 0, "XSTATE_BV", present, "a component that is not carried")?;
     let need = if present >> 5 != 0 {
         2688
     } else if present & 4 != 0 {

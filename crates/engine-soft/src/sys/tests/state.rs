@@ -54,6 +54,17 @@ fn init_keeps_what_the_manual_says() {
 }
 
 #[test]
+fn init_works_on_a_model_without_avx() {
+    let mut core = long(0);
+    let offer = wardian_cpu::Offer { avx512: false, tsc_hz: 1_000_000_000 };
+    core.model = wardian_cpu::CpuModel::host("x86-64-v2", &offer).expect("model").into();
+    core.sys.xcr0 = 1;
+    core.sys.misc_enable = crate::sys::msr::MISC_RESET;
+    crate::fpu::complete(&mut core);
+    init(&mut core).expect("INIT");
+}
+
+#[test]
 fn impossible_states_are_refused() {
     type Change = fn(&mut CpuState);
     let rows: &[(&str, Change)] = &[
