@@ -252,7 +252,7 @@ impl Translator {
                 info = CodeInfo { class: Class::Interpret, ..CodeInfo::default() };
             } else {
                 info = self.table.get(&insn);
-                if gated(info.unit, mode) {
+                if info.class != Class::Nothing && gated(info.unit, mode) {
                     info.class = Class::Interpret;
                 }
                 adapt(&insn, &mut info, mode);

@@ -130,6 +130,11 @@ impl Gate {
         self.lock().is.get(index) == Some(&Is::Resting)
     }
 
+    /// How many pauses there are.
+    pub(crate) fn pauses(&self) -> usize {
+        self.lock().pauses
+    }
+
     /// Whether a vCPU would run if the holds of `which` and `fewer` pauses were gone.
     pub(crate) fn would_run(&self, which: impl Fn(usize) -> bool, fewer: usize) -> bool {
         let inner = self.lock();

@@ -14,15 +14,19 @@
 //! **Architecture Invariant:** a machine is built input first, outputs last: what is refused has changed
 //! nothing.
 //!
-//! **API Boundary:** [`Config`], [`Machine`], [`Outcome`], [`MachineError`], [`status`], [`Stats`].
+//! **API Boundary:** [`Config`], [`Machine`], [`Control`], [`Outcome`], [`MachineError`], [`status`], [`Stats`].
 #![forbid(unsafe_code)]
 
+mod assemble;
 mod board;
 mod config;
 mod ending;
+mod engine;
 mod error;
 mod gate;
+mod host;
 mod lifecycle;
+mod machine;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -34,4 +38,8 @@ pub use config::{
     Config, ConfigError, CpuCount, DiskArg, Endpoint, EngineChoice, MAX_CPUS, MemorySize, ModuleArg, Plan,
 };
 pub use error::{MachineError, Outcome, status};
+pub use lifecycle::Control;
+pub use machine::Machine;
 pub use stats::{ExitSummary, Stats, VcpuStats};
+pub use vm::PauseGuard;
+pub use wardian_gdb::Address as DebugAddress;

@@ -10,7 +10,7 @@ use wardian_memory::GuestMemory;
 use crate::ending::{End, Ending};
 use crate::error::{MachineError, Outcome};
 use crate::stats::{ExitStats, Stats};
-use crate::vm::{DebugHook, Parts, Vm, vcpu_stats};
+use crate::vm::{DebugHook, Parts, PauseGuard, Vm, vcpu_stats};
 
 /// Makes the parts of the machine, in their state after reset. Called for each life anew.
 pub(crate) type Assemble = Box<dyn FnMut(bool) -> Result<Parts, MachineError> + Send>;
@@ -71,6 +71,35 @@ impl Target for Shared {
     }
 }
 
+/// A way to pause, look at and end a machine from any thread but those of the machine itself.
+#[derive(Clone)]
+pub struct Control(Arc<Shared>);
+
+impl Control {
+    /// Pauses the machine; returns when it has stopped. Pauses nest. `None` when it does not run: before
+    /// the start, during a reset, after the end.
+    #[must_use]
+    pub fn pause(&self) -> Option<PauseGuard> {
+        self.0.vm().map(|vm| vm.pause())
+    }
+
+    /// Calls `f` with vCPU `index`, which must be paused or held by a debugger; says whether it was called.
+    pub fn with_vcpu(&self, index: usize, f: &mut dyn FnMut(&mut dyn Vcpu)) -> bool {
+        self.0.with_vcpu(index, f)
+    }
+
+    /// Guest RAM, while the machine runs.
+    #[must_use]
+    pub fn memory(&self) -> Option<GuestMemory> {
+        Target::memory(&*self.0)
+    }
+
+    /// Ends the machine; [`Outcome::Outside`] is what comes of it.
+    pub fn end(&self) {
+        self.0.ending.request(End::Outside);
+    }
+}
+
 /// A machine that is built and may run.
 pub(crate) struct Runner {
     assemble: Assemble,
@@ -113,6 +142,11 @@ impl Runner {
     /// Lets debuggers in once the machine runs.
     pub(crate) fn set_door(&mut self, door: Door) {
         self.door = Some(door);
+    }
+
+    /// A way to control the machine.
+    pub(crate) fn control(&self) -> Control {
+        Control(Arc::clone(&self.shared))
     }
 
     /// What was counted so far.

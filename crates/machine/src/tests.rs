@@ -182,6 +182,7 @@ fn parts(toy: &Arc<Toy>, ending: &Arc<Ending>, vcpus: Vec<Scripted>, held: bool)
         queue: TimerQueue::new(TimeBase::host()),
         board: Board { ports, mmio, msrs: Arc::new(ToyMsrs) },
         slots: vcpus.into_iter().enumerate().map(|(index, vcpu)| Slot::new(index, Box::new(vcpu))).collect(),
+        workers: Vec::new(),
         keep: Vec::new(),
         held,
     }
@@ -351,7 +352,7 @@ fn a_pause_is_acknowledged_and_stops_time() {
     assert!(vm.with_vcpu(1, &mut |_| {}));
     drop(outer);
     until("time runs", || vm.clock().0 > before);
-    assert_eq!(resumed.load(Ordering::Acquire), 1, "told once that the machine was stopped");
+    assert_eq!(resumed.load(Ordering::Acquire), 2, "told at the start and once that the machine was stopped");
     assert!(!vm.with_vcpu(1, &mut |_| {}), "a running vCPU cannot be looked at");
     vm.finish();
 }

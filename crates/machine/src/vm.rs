@@ -19,6 +19,16 @@ use crate::vcpu::{Slot, Surroundings, run_loop};
 /// Asked when a vCPU meets a condition of the debugger: whether a debugger takes care of it.
 pub(crate) type DebugHook = Arc<dyn Fn(usize, DebugEvent) -> bool + Send + Sync>;
 
+/// A device with threads of its own that write guest memory.
+pub(crate) trait Worker: Send + Sync {
+    /// Stops after the request at hand; returns when it has.
+    fn pause(&self);
+    /// Ends a pause.
+    fn resume(&self);
+    /// Pauses for good, with everything written durable.
+    fn stop(&self);
+}
+
 /// What a [`Vm`] is made of.
 pub(crate) struct Parts {
     pub(crate) name: String,
@@ -26,7 +36,9 @@ pub(crate) struct Parts {
     pub(crate) queue: Arc<TimerQueue>,
     pub(crate) board: Board,
     pub(crate) slots: Vec<Slot>,
-    /// Whatever else must live as long as the machine: devices with threads of their own.
+    /// Devices with threads of their own.
+    pub(crate) workers: Vec<Arc<dyn Worker>>,
+    /// Whatever else must live as long as the machine.
     pub(crate) keep: Vec<Box<dyn Any + Send + Sync>>,
     /// Every vCPU starts held.
     pub(crate) held: bool,
@@ -34,12 +46,12 @@ pub(crate) struct Parts {
 
 /// One life of the machine.
 ///
-/// Lock order: `control`, then any one of the gate, the vCPUs, the time base, the timer queue.
+/// Lock order: `control`, then any one of the gate, the devices, the vCPUs, the time base, the timer queue.
 pub(crate) struct Vm {
-    name: String,
     memory: GuestMemory,
     queue: Arc<TimerQueue>,
-    board: Board,
+    /// The devices; gone when the machine has ended, whoever still holds the rest.
+    devices: Mutex<Option<Devices>>,
     slots: Vec<Slot>,
     gate: Gate,
     ending: Arc<Ending>,
@@ -47,28 +59,36 @@ pub(crate) struct Vm {
     /// Held by whoever stops or starts the vCPUs.
     control: Mutex<()>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct Devices {
+    board: Arc<Board>,
+    workers: Vec<Arc<dyn Worker>>,
     _keep: Vec<Box<dyn Any + Send + Sync>>,
 }
 
-/// A pause; dropping it lets the machine go on.
+/// A pause of the machine: every vCPU rests at a completed answer, every worker has drained, guest time
+/// stands still. Dropping it lets the machine go on, kvmclock telling the guest that it was stopped.
 #[must_use = "dropping it ends the pause"]
-pub(crate) struct Paused<'a>(&'a Vm);
+pub struct PauseGuard(Arc<Vm>);
 
 impl Vm {
     /// A machine whose threads do not run yet.
     pub(crate) fn new(parts: Parts, ending: Arc<Ending>, debug: DebugHook) -> Arc<Vm> {
         Arc::new(Vm {
-            name: parts.name,
             memory: parts.memory,
             queue: parts.queue,
-            board: parts.board,
+            devices: Mutex::new(Some(Devices {
+                board: Arc::new(parts.board),
+                workers: parts.workers,
+                _keep: parts.keep,
+            })),
             gate: Gate::new(parts.slots.len(), parts.held),
             slots: parts.slots,
             ending,
             debug,
             control: Mutex::new(()),
             threads: Mutex::new(Vec::new()),
-            _keep: parts.keep,
         })
     }
 
@@ -100,23 +120,35 @@ impl Vm {
         {
             let _control = self.control();
             if self.gate.would_run(|_| false, 0) {
-                self.queue.base().resume(ResumePolicy::Freeze);
+                self.resume_time();
             }
         }
         self.spawn("timers".into(), |vm| vm.queue.serve())?;
+        let Some(board) = self.devices().as_ref().map(|devices| Arc::clone(&devices.board)) else {
+            return Ok(());
+        };
         for index in 0..self.slots.len() {
+            let board = Arc::clone(&board);
             self.spawn(format!("vcpu{index}"), move |vm| {
                 let gone = Gone(vm, index);
-                vm.run_vcpu(index);
+                vm.run_vcpu(index, &board);
                 drop(gone);
             })?;
         }
         Ok(())
     }
 
-    fn run_vcpu(&self, index: usize) {
+    fn devices(&self) -> MutexGuard<'_, Option<Devices>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn workers(&self) -> Vec<Arc<dyn Worker>> {
+        self.devices().as_ref().map(|devices| devices.workers.clone()).unwrap_or_default()
+    }
+
+    fn run_vcpu(&self, index: usize, board: &Board) {
         let around = Surroundings {
-            board: &self.board,
+            board,
             gate: &self.gate,
             ending: &self.ending,
             time: self.queue.base(),
@@ -126,7 +158,7 @@ impl Vm {
         run_loop(&self.slots[index], &around);
     }
 
-    /// Ends all threads and waits for them. Guest time stands still then.
+    /// Ends all threads, waits for them and drops the devices. Guest time stands still then.
     pub(crate) fn finish(&self) {
         self.gate.leave();
         self.kick();
@@ -136,15 +168,14 @@ impl Vm {
             let _ = thread.join();
         }
         self.queue.base().pause();
+        let devices = self.devices().take();
+        if let Some(devices) = devices {
+            devices.workers.iter().for_each(|worker| worker.stop());
+        }
     }
 
     fn kick(&self) {
         self.slots.iter().for_each(|slot| slot.wake.kick());
-    }
-
-    /// Number of vCPUs.
-    pub(crate) fn vcpus(&self) -> usize {
-        self.slots.len()
     }
 
     /// Guest RAM.
@@ -158,11 +189,8 @@ impl Vm {
         if time.is_running() {
             return;
         }
-        let first = time.tsc() == 0;
         time.resume(ResumePolicy::Freeze);
-        if !first {
-            self.slots.iter().for_each(|slot| slot.lock().resumed());
-        }
+        self.slots.iter().for_each(|slot| slot.lock().resumed());
         self.queue.wake();
     }
 
@@ -188,13 +216,15 @@ impl Vm {
         self.gate.release(which);
     }
 
-    /// Parks every vCPU and stops guest time, until the guard goes.
-    pub(crate) fn pause(&self) -> Paused<'_> {
-        let _control = self.control();
+    /// Parks every vCPU, stops guest time and every worker, until the guard goes. Pauses nest.
+    pub(crate) fn pause(self: &Arc<Vm>) -> PauseGuard {
+        // The guard first: whatever happens from here on, the pause is undone.
         self.gate.pause();
-        let paused = Paused(self);
+        let guard = PauseGuard(Arc::clone(self));
+        let _control = self.control();
         self.stop_at_gate();
-        paused
+        self.workers().iter().for_each(|worker| worker.pause());
+        guard
     }
 
     /// Calls `f` with vCPU `index` if it is parked; says whether it was.
@@ -208,11 +238,6 @@ impl Vm {
     /// A few words on what vCPU `index` is doing.
     pub(crate) fn describe(&self, index: usize) -> String {
         self.slots.get(index).map(Slot::describe).unwrap_or_default()
-    }
-
-    /// Name of the machine.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
     }
 
     /// Exits of each vCPU so far, added to `total`.
@@ -237,13 +262,17 @@ impl Vm {
     }
 }
 
-impl Drop for Paused<'_> {
+impl Drop for PauseGuard {
     fn drop(&mut self) {
-        let _control = self.0.control();
-        if self.0.gate.would_run(|_| false, 1) {
-            self.0.resume_time();
+        let vm = &*self.0;
+        let _control = vm.control();
+        if vm.gate.pauses() == 1 {
+            vm.workers().iter().for_each(|worker| worker.resume());
         }
-        self.0.gate.unpause();
+        if vm.gate.would_run(|_| false, 1) {
+            vm.resume_time();
+        }
+        vm.gate.unpause();
     }
 }
 

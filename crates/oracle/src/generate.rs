@@ -56,27 +56,22 @@ fn undefined(instruction: &Instruction) -> u64 {
     FLAGS.iter().filter(|(bit, _)| bits & bit != 0).fold(0, |mask, (_, flag)| mask | flag)
 }
 
-/// Whether it records itself in the x87 pointers.
+/// Whether it records itself in the x87 pointers, or loads them.
 fn records_x87(instruction: &Instruction) -> bool {
-    let control = matches!(
+    let silent = matches!(
         instruction.mnemonic(),
         M::Fnclex
             | M::Fldcw
             | M::Fnstcw
             | M::Fnstsw
             | M::Fnstenv
-            | M::Fldenv
             | M::Fnsave
-            | M::Frstor
-            | M::Fninit
             | M::Wait
             | M::Fxsave
             | M::Fxsave64
-            | M::Fxrstor
-            | M::Fxrstor64
     );
     let name = format!("{:?}", instruction.mnemonic());
-    name.starts_with('F') && !control
+    (name.starts_with('F') || name.starts_with("Xrstor")) && !silent
 }
 
 fn leaves_line(instruction: &Instruction) -> bool {
@@ -559,6 +554,8 @@ fn is_calm(code: Code) -> bool {
                 | M::Vldmxcsr
                 | M::Fldenv
                 | M::Frstor
+                | M::Fnstenv
+                | M::Fnsave
                 | M::Fldcw
         )
 }

@@ -312,6 +312,7 @@ fn main() {
         "compat: store to read-only data",
         "compat: store to code",
         "compat: expand-down below",
+        "user compat: #UD syscall (Intel)",
     ]);
     compatibility();
     compatibility_faults();
