@@ -1,7 +1,9 @@
 //! What is compared and what is not, each with its reason.
 
-use iced_x86::{Code, CpuidFeature as C, DecoderOptions, EncodingKind, Mnemonic as M};
+use iced_x86::{Code, CpuidFeature as C, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic as M};
 use wardian_cpu::{CpuModel, Feature as F};
+
+use crate::case::{Case, Outcome};
 
 /// Parts of the x87 image that are not compared after an x87 instruction that records itself: a translator runs the
 /// instruction at another address, and no operating system or program relies on them.
@@ -154,9 +156,82 @@ pub fn codes(model: &CpuModel, bitness: u32) -> Vec<Code> {
 
 /// Why the native outcome cannot be compared with any guest's, if so.
 #[must_use]
-pub fn meaningless(native: &crate::case::Outcome) -> Option<&'static str> {
-    let address = native.fault.address as i64;
-    let high = address >> 47;
+pub fn meaningless(native: &Outcome) -> Option<&'static str> {
+    let high = native.fault.address as i64 >> 47;
     (native.fault.vector == 14 && high != 0 && high != -1)
         .then_some("the host has 57-bit linear addresses, the guest 48-bit ones")
+}
+
+/// Differences that are excused: (reason, test and removal). The removal makes the two outcomes equal where the excuse
+/// holds and leaves every other difference in place.
+type Excuse = (&'static str, fn(&Instruction, &Outcome, &Outcome) -> bool, fn(&Outcome, &mut Outcome));
+
+/// Known exceptions, each with its reason.
+const EXCUSES: &[Excuse] = &[
+    (
+        "the host's kernel is mapped in the upper half, the guest's is not: P of the error code",
+        |_, host, engine| {
+            host.fault.vector == 14
+                && (host.fault.address as i64) < 0
+                && host.fault.error & 1 == 1
+                && engine.fault.error == host.fault.error & !1
+        },
+        |host, engine| engine.fault.error = host.fault.error,
+    ),
+    (
+        "an access of several parts: which of its bytes CR2 names differs between processors",
+        |instruction, host, engine| {
+            let both = host.fault.vector == 14 && engine.fault.vector == 14;
+            both && many_parts(instruction) && host.fault.address.abs_diff(engine.fault.address) < 1024
+        },
+        |host, engine| engine.fault.address = host.fault.address,
+    ),
+    (
+        "ENTER that faults: which of the pushes below the stack pointer were stored before",
+        |instruction, host, _| instruction.mnemonic() == M::Enter && host.fault.vector == 14,
+        |host, engine| {
+            engine.window.clone_from(&host.window);
+            engine.fault.address = host.fault.address;
+        },
+    ),
+];
+
+fn many_parts(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xsave
+            | M::Xsave64
+            | M::Xrstor
+            | M::Xrstor64
+            | M::Fnstenv
+            | M::Fnsave
+            | M::Fldenv
+            | M::Frstor
+            | M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+    )
+}
+
+/// Makes `engine` equal to `host` where a known exception excuses the difference; its reason if it changed anything.
+pub fn excuse(case: &Case, host: &Outcome, engine: &mut Outcome) -> Option<&'static str> {
+    let at = host.rip.checked_sub(case.address).filter(|at| *at < case.code.len() as u64)? as usize;
+    let mut decoder = Decoder::with_ip(case.bitness, &case.code[at..], host.rip, DecoderOptions::NONE);
+    let instruction = decoder.decode();
+    let mut reason = None;
+    for (why, applies, remove) in EXCUSES {
+        if applies(&instruction, host, engine) {
+            remove(host, engine);
+            reason = Some(*why);
+        }
+    }
+    reason
 }
