@@ -1,7 +1,7 @@
 //! How a run of the machine ends: the first request counts.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use wardian_chipset::power::{PowerRequest, PowerSink};
 use wardian_cpu::EngineError;
@@ -26,10 +26,17 @@ pub(crate) enum End {
     Outside,
 }
 
-/// Takes the first end and tells who waits for it.
+#[derive(Default)]
+struct Inner {
+    end: Option<End>,
+    /// Asked for from outside: also ends the life after a reset.
+    outside: bool,
+}
+
+/// Takes the first end and tells who waits for it. An end from outside is never lost to a reset.
 #[derive(Default)]
 pub(crate) struct Ending {
-    end: Mutex<Option<End>>,
+    inner: Mutex<Inner>,
     set: AtomicBool,
     changed: Condvar,
 }
@@ -39,11 +46,16 @@ impl Ending {
         Arc::default()
     }
 
-    /// Asks for the end. Later requests are dropped.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for the end. The first request counts.
     pub(crate) fn request(&self, end: End) {
-        let mut slot = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_none() {
-            *slot = Some(end);
+        let mut inner = self.lock();
+        inner.outside |= matches!(end, End::Outside);
+        if inner.end.is_none() {
+            inner.end = Some(end);
             self.set.store(true, Ordering::Release);
             self.changed.notify_all();
         }
@@ -56,17 +68,21 @@ impl Ending {
 
     /// Waits for the end.
     pub(crate) fn wait(&self) {
-        let mut slot = self.end.lock().unwrap_or_else(PoisonError::into_inner);
-        while slot.is_none() {
-            slot = self.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.lock();
+        while inner.end.is_none() {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// The end, if it was asked for; the next one may be asked for from now on.
     pub(crate) fn take(&self) -> Option<End> {
-        let mut slot = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.lock();
         self.set.store(false, Ordering::Release);
-        slot.take()
+        let outside = std::mem::take(&mut inner.outside);
+        match inner.end.take() {
+            None | Some(End::Power(PowerRequest::Reset)) if outside => Some(End::Outside),
+            end => end,
+        }
     }
 }
 

@@ -427,3 +427,16 @@ fn the_end_comes_while_held() {
     assert!(matches!(ending.take(), Some(End::Outside)), "the first request counts");
     assert!(ending.take().is_none());
 }
+
+#[test]
+fn an_end_from_outside_is_not_lost_to_a_reset() {
+    let ending = Ending::new();
+    ending.request(End::Power(PowerRequest::Reset));
+    ending.request(End::Outside);
+    assert!(matches!(ending.take(), Some(End::Outside)));
+    ending.request(End::Power(PowerRequest::PowerOff));
+    ending.request(End::Outside);
+    assert!(matches!(ending.take(), Some(End::Power(PowerRequest::PowerOff))));
+    ending.request(End::Power(PowerRequest::Reset));
+    assert!(matches!(ending.take(), Some(End::Power(PowerRequest::Reset))));
+}

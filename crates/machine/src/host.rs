@@ -1,0 +1,108 @@
+//! The host's side that outlives a reset: outputs, the terminal, signals.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use wardian_backend::{Event, EventLoop, Next, Output, Terminal};
+
+use crate::config::{Endpoint, Plan};
+use crate::ending::{End, Ending};
+use crate::error::MachineError;
+
+/// Takes typed bytes for the guest, as many as it has room for.
+pub(crate) type Input = Box<dyn FnMut(&[u8]) -> usize + Send>;
+
+/// Where typed bytes go in the present life of the machine.
+#[derive(Clone, Default)]
+pub(crate) struct InputRoute(Arc<Mutex<Option<Input>>>);
+
+impl InputRoute {
+    /// From now on typed bytes go to `input`.
+    pub(crate) fn set(&self, input: Option<Input>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = input;
+    }
+
+    /// Offers bytes; says how many were taken.
+    fn offer(&self, bytes: &[u8]) -> usize {
+        match self.0.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(input) => input(bytes),
+            None => 0,
+        }
+    }
+}
+
+/// Where the guest's character devices print.
+#[derive(Clone)]
+pub(crate) struct Outputs {
+    pub(crate) serial: Output,
+    pub(crate) console: Output,
+    pub(crate) debug: Output,
+}
+
+impl Outputs {
+    /// Opens them; files are created or emptied.
+    pub(crate) fn open(plan: &Plan) -> Result<Outputs, MachineError> {
+        let host = |source| MachineError::Host { what: "an output thread", source: Box::new(source) };
+        let mut stdout = None;
+        let mut open = |endpoint: &Endpoint| match endpoint {
+            Endpoint::None => Output::null().map_err(host),
+            Endpoint::File(path) => {
+                Output::file(path).map_err(|source| MachineError::Output { path: path.clone(), source })
+            }
+            Endpoint::Stdio => match &stdout {
+                Some(shared) => Ok(Output::clone(shared)),
+                None => Ok(stdout.insert(Output::stdout().map_err(host)?).clone()),
+            },
+        };
+        Ok(Outputs {
+            serial: open(&plan.serial)?,
+            console: open(&plan.console)?,
+            debug: open(&plan.debug_console)?,
+        })
+    }
+
+    /// Waits until everything is written.
+    pub(crate) fn drain(&self) {
+        for output in [&self.serial, &self.console, &self.debug] {
+            output.drain();
+        }
+    }
+}
+
+/// Standard input and signals, while the machine runs. Dropping it gives the terminal back.
+pub(crate) struct Attached {
+    // Dropped first: raw mode ends even if the loop hangs in a handler.
+    _terminal: Option<Terminal>,
+    _events: EventLoop,
+}
+
+impl Attached {
+    /// Begins to read standard input, if `terminal`, and to mind signals.
+    pub(crate) fn attach(
+        terminal: bool,
+        route: &InputRoute,
+        ending: &Arc<Ending>,
+    ) -> Result<Attached, MachineError> {
+        let host = |what: &'static str| move |source| MachineError::Host { what, source: Box::new(source) };
+        let events = EventLoop::start().map_err(host("an event loop"))?;
+        let signal = Arc::new(Event::new().map_err(host("an event"))?);
+        // Only the first machine of a process minds signals: there is one handler.
+        if wardian_backend::on_terminate(Arc::clone(&signal)).is_ok() {
+            let (asked, ending) = (Arc::clone(&signal), Arc::clone(ending));
+            events.handle().add(signal, move || {
+                asked.take();
+                ending.request(End::Outside);
+                Next::Keep
+            });
+        }
+        let terminal = if terminal {
+            let (route, ending) = (route.clone(), Arc::clone(ending));
+            let sink = Box::new(move |bytes: &[u8]| route.offer(bytes));
+            let quit = move || ending.request(End::Outside);
+            let attached = Terminal::attach(&events.handle(), sink, quit);
+            Some(attached.map_err(|e| MachineError::Host { what: "the terminal", source: Box::new(e) })?)
+        } else {
+            None
+        };
+        Ok(Attached { _terminal: terminal, _events: events })
+    }
+}

@@ -1,0 +1,100 @@
+//! [`Machine`]: a whole machine, from its configuration to its outcome.
+
+use std::sync::Arc;
+
+use wardian_gdb::{Address, Door};
+
+use crate::assemble::assemble;
+use crate::config::{Config, Endpoint, Plan};
+use crate::ending::Ending;
+use crate::engine;
+use crate::error::{MachineError, Outcome};
+use crate::host::{Attached, InputRoute, Outputs};
+use crate::lifecycle::{Control, Runner};
+use crate::stats::Stats;
+
+/// A machine that is built and has not run yet, or has run.
+pub struct Machine {
+    runner: Runner,
+    ending: Arc<Ending>,
+    route: InputRoute,
+    terminal: bool,
+    debugger: Option<Address>,
+    engine_reason: &'static str,
+}
+
+impl Machine {
+    /// Builds the machine that `config` describes: loads the kernel, opens the disks, makes the devices, and
+    /// only then creates what is to be created (output files, the debugger's socket).
+    ///
+    /// # Errors
+    /// See [`MachineError`]; [`MachineError::status`] says whose fault it is.
+    pub fn build(config: Config) -> Result<Machine, MachineError> {
+        let plan = config.check()?;
+        let (ending, route) = (Ending::new(), InputRoute::default());
+        let terminal = plan.serial == Endpoint::Stdio || plan.console == Endpoint::Stdio;
+        let (engine_reason, debugger) = (engine::reason(plan.engine), plan.gdb.clone());
+        let (no_reboot, held) = (plan.no_reboot, plan.gdb_wait);
+        let assemble = maker(plan, Arc::clone(&ending), route.clone());
+        let mut runner = Runner::new(assemble, held, no_reboot, Arc::clone(&ending))?;
+        let mut opened = None;
+        if let Some(address) = &debugger {
+            let door = Door::listen(address)?;
+            opened = Some(door.address().clone());
+            runner.set_door(door);
+        }
+        Ok(Machine { runner, ending, route, terminal, debugger: opened, engine_reason })
+    }
+
+    /// One line that says which engine was taken and why.
+    #[must_use]
+    pub fn engine_reason(&self) -> &'static str {
+        self.engine_reason
+    }
+
+    /// Where a debugger can attach: the address that was asked for, with the port that was taken.
+    #[must_use]
+    pub fn debugger(&self) -> Option<&Address> {
+        self.debugger.as_ref()
+    }
+
+    /// A way to pause, look at and end the machine from other threads.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        self.runner.control()
+    }
+
+    /// Runs the machine on threads of its own until it ends. Meanwhile standard input belongs to the guest,
+    /// if a device of its has it, and the first SIGINT, SIGTERM, SIGQUIT or SIGHUP ends the machine.
+    pub fn run(&mut self) -> Outcome {
+        let attached = match Attached::attach(self.terminal, &self.route, &self.ending) {
+            Ok(attached) => attached,
+            Err(error) => return Outcome::Failed(error),
+        };
+        let outcome = self.runner.run();
+        self.route.set(None);
+        drop(attached);
+        outcome
+    }
+
+    /// What was counted.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.runner.stats("soft")
+    }
+}
+
+/// Makes the machine of `plan` as often as it is reset. Outputs are opened once.
+fn maker(plan: Plan, ending: Arc<Ending>, route: InputRoute) -> crate::lifecycle::Assemble {
+    let mut opened: Option<Outputs> = None;
+    Box::new(move |held| {
+        if let Some(outputs) = &opened {
+            outputs.drain();
+        }
+        let outputs = || match &opened {
+            Some(outputs) => Ok(outputs.clone()),
+            None => Ok(opened.insert(Outputs::open(&plan)?).clone()),
+        };
+        assemble(&plan, &ending, outputs, &route, held)
+    })
+}

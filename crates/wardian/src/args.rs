@@ -1,0 +1,141 @@
+//! The command line, as clap reads it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use wardian_machine::{
+    Config, ConfigError, CpuCount, DebugAddress, DiskArg, Endpoint, EngineChoice, MemorySize, ModuleArg,
+};
+
+const STATUSES: &str = "\
+Exit status of `wardian run`:
+   0  the guest powered off
+   2  bad input: command line, configuration, kernel, initrd, module, disk, output file
+   4  the guest asked for a reset, with --no-reboot
+   6  the guest met a triple fault
+   8  the engine cannot go on, or Wardian itself failed
+  10  the host refuses something that is needed: memory, threads, a socket
+  12  ended from outside: SIGINT, SIGTERM, SIGHUP, SIGQUIT, Ctrl-a x, the debugger's kill
+ odd  with --debug-exit, the guest wrote N to port F4h: (N << 1 | 1) & 255";
+
+/// Keeps a whole machine under glass: runs unmodified operating systems on Linux x86-64, with or without
+/// virtualization hardware.
+#[derive(Debug, Parser)]
+#[command(name = "wardian", version, after_help = STATUSES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Runs a machine in the foreground until it ends.
+    ///
+    /// With the serial port or the console on stdio the terminal belongs to the guest: Ctrl-a x ends the
+    /// machine, Ctrl-a Ctrl-a types one Ctrl-a.
+    #[command(after_help = STATUSES)]
+    Run(Box<Run>),
+}
+
+/// Fields of the machine; each is a field of the same name in the configuration file, too.
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// Configuration file with the same fields as these options. What is given here goes over what is
+    /// there; disks and modules are added.
+    config: Option<PathBuf>,
+    /// Kernel: Linux bzImage, ELF with a PVH note, or multiboot 1.
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "PATH")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Multiboot module with its command line; may be repeated.
+    #[arg(long, value_name = "PATH [TEXT]")]
+    module: Vec<ModuleArg>,
+    /// Disk (virtio-blk); may be repeated. Without a format it is looked for.
+    #[arg(long, value_name = "PATH[,readonly][,format=raw|qcow2]")]
+    disk: Vec<DiskArg>,
+    /// Guest RAM, with K, M or G [default: 512M].
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<MemorySize>,
+    /// vCPUs, 1 to 64 [default: 1].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    cpus: Option<CpuCount>,
+    /// Engine: auto or soft [default: auto].
+    #[arg(long, value_name = "NAME")]
+    engine: Option<EngineChoice>,
+    /// Processor model: host or x86-64-v1 to -v4, then any of ,+feature ,-feature ,vendor=AuthenticAMD
+    /// ,family=N ,model=N ,stepping=N [default: host].
+    #[arg(long, value_name = "MODEL")]
+    cpu: Option<String>,
+    /// First serial port: stdio, file:PATH or none [default: stdio, unless the console has it].
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<Endpoint>,
+    /// Virtio console: stdio, file:PATH or none [default: none].
+    #[arg(long, value_name = "WHERE")]
+    console: Option<Endpoint>,
+    /// Debug console at port E9h: stdio, file:PATH or none [default: stdio].
+    #[arg(long, value_name = "WHERE")]
+    debug_console: Option<Endpoint>,
+    /// Let the guest end the machine by writing to port F4h.
+    #[arg(long)]
+    debug_exit: bool,
+    /// Let debuggers in at this port of 127.0.0.1 or this Unix socket; they may come and go while the
+    /// guest runs.
+    #[arg(long, value_name = "PATH|PORT")]
+    gdb: Option<String>,
+    /// Start the vCPUs only when a debugger says so.
+    #[arg(long, requires = "gdb")]
+    gdb_wait: bool,
+    /// Name of the machine.
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// End at a reset instead of starting anew.
+    #[arg(long)]
+    no_reboot: bool,
+    /// Print exit and engine counters at the end.
+    #[arg(long)]
+    stats: bool,
+    /// Write exit and engine counters to this file at the end, as JSON.
+    #[arg(long, value_name = "FILE")]
+    stats_json: Option<PathBuf>,
+}
+
+impl Run {
+    /// The configuration: the file, with the options over it.
+    pub(crate) fn config(self) -> Result<Config, ConfigError> {
+        let file = self.config.as_deref().map(Config::from_file).transpose()?.unwrap_or_default();
+        let gdb = self.gdb.map(|text| {
+            text.parse::<DebugAddress>().map_err(|e| ConfigError::Value {
+                what: "address for the debugger",
+                value: text,
+                why: e.to_string(),
+            })
+        });
+        Ok(file.overridden_by(Config {
+            name: self.name,
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            module: self.module,
+            disk: self.disk,
+            memory: self.memory,
+            cpus: self.cpus,
+            engine: self.engine,
+            cpu: self.cpu,
+            serial: self.serial,
+            console: self.console,
+            debug_console: self.debug_console,
+            debug_exit: self.debug_exit,
+            gdb: gdb.transpose()?,
+            gdb_wait: self.gdb_wait,
+            no_reboot: self.no_reboot,
+            stats: self.stats,
+            stats_json: self.stats_json,
+        }))
+    }
+}
