@@ -38,6 +38,9 @@ const TMR: u16 = 1 << 0;
 const GBL: u16 = 1 << 5;
 /// PM1 status and enable: power button.
 const PWRBTN: u16 = 1 << 8;
+/// PM1 enable: RTC alarm. Its status is never set: the alarm has its own interrupt and the FADT says that
+/// there is no RTC wake-up status; but Linux installs a handler for it and wants to see the bit stay.
+const RTC: u16 = 1 << 10;
 
 /// PM1 control: SCI rather than SMI; always 1.
 const SCI_EN: u16 = 1 << 0;
@@ -102,7 +105,7 @@ impl State {
         let (register, shift) = (offset & !1, (offset & 1) * 8);
         let value = u16::from(byte) << shift;
         let keep = !(0xff << shift);
-        const ENABLES: u16 = TMR | GBL | PWRBTN;
+        const ENABLES: u16 = TMR | GBL | PWRBTN | RTC;
         match register {
             PM1_EVENT => self.status &= !value,
             2 => self.enable = self.enable & keep | value & ENABLES,
@@ -305,6 +308,15 @@ mod tests {
         assert!(!chip.level(GSI_SCI));
         pm.press_power_button();
         assert_eq!(chip.edges(GSI_SCI), 2);
+    }
+
+    #[test]
+    fn enable_bits_of_fixed_events_stay() {
+        let Rig { pm, .. } = rig();
+        pm.write(at(2), &0xffffu16.to_le_bytes());
+        assert_eq!(read::<2>(&*pm, 2), 0x0521u16.to_le_bytes());
+        pm.write(at(2), &[0, 0]);
+        assert_eq!(read::<2>(&*pm, 2), [0, 0]);
     }
 
     #[test]

@@ -137,7 +137,8 @@ impl CpuModel {
     /// The model that `spec` names, for an engine that offers `offer` on the processor this runs on.
     ///
     /// `spec` is `host` or `x86-64-v1` to `-v4`, followed by any of `,+feature`, `,-feature` (names as in
-    /// `/proc/cpuinfo`), `,vendor=AuthenticAMD`, `,family=N`, `,model=N`, `,stepping=N`.
+    /// `/proc/cpuinfo`), `,vendor=AuthenticAMD`, `,family=N`, `,model=N`, `,stepping=N`. An invariant TSC
+    /// (`invtsc`) is announced only if asked for.
     ///
     /// # Errors
     /// Names that do not exist; features that the host or the engine does not have.
@@ -205,6 +206,9 @@ impl CpuModel {
             model.signature = model.vendor.usual_signature();
             model.brand = leaves::padded(&format!("Wardian {base}"));
         }
+        // The TSC is invariant, but who is told so prefers it to kvm-clock, which alone knows of stolen time
+        // and of moves to another host: `+invtsc` says it.
+        model.features.set(Feature::InvariantTsc, false);
         if let Some(signature) = signature {
             model.signature = signature;
         }

@@ -229,6 +229,16 @@ fn vendor_can_be_changed() {
 }
 
 #[test]
+fn invariant_tsc_is_announced_on_demand() {
+    for spec in ["host", "x86-64-v2"] {
+        for (more, bit) in [("", 0), (",+invtsc", 1), (",+nonstop_tsc", 1), (",+invtsc,-invtsc", 0)] {
+            let model = make(&format!("{spec}{more}"), INTEL, false).unwrap();
+            assert_eq!(model.cpuid(0x8000_0007, 0, &FOUR)[3] >> 8 & 1, bit, "{spec}{more}");
+        }
+    }
+}
+
+#[test]
 fn named_levels_and_bad_specs() {
     let v2 = make("x86-64-v2", INTEL, false).unwrap();
     assert!(
