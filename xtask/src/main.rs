@@ -9,6 +9,7 @@
 mod guest;
 mod guests;
 mod run;
+mod start;
 
 use std::process::ExitCode;
 
@@ -27,12 +28,15 @@ enum Command {
     Guest(guest::Args),
     /// Build the bare-metal guests of guests/ into target/guests.
     Guests(guests::Args),
+    /// Boot a stock guest to a shell on this terminal.
+    Run(start::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Guest(args) => guest::main(&args),
         Command::Guests(args) => guests::main(&args),
+        Command::Run(args) => start::main(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -68,26 +68,50 @@ impl Kernel {
     }
 }
 
-/// What the command tells.
+/// A stock guest that is made.
 #[derive(Serialize)]
-struct Told {
+pub struct Told {
     /// Version of the kernel.
-    version: String,
+    pub version: String,
     /// bzImage.
-    kernel: PathBuf,
+    pub kernel: PathBuf,
     /// The same kernel as uncompressed ELF.
-    vmlinux: PathBuf,
+    pub vmlinux: PathBuf,
     /// Initial RAM disk.
-    initrd: PathBuf,
+    pub initrd: PathBuf,
     /// Raw ext4 image; copy it (or open it through an overlay) before writing to it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    disk: Option<PathBuf>,
+    pub disk: Option<PathBuf>,
     /// Kernel command line for the serial console.
-    cmdline: &'static str,
+    pub cmdline: &'static str,
+}
+
+/// Makes the Debian guest with `kernel` if it is not made yet.
+///
+/// # Errors
+/// When a host program or a package cannot be had, or this process may not do what it must.
+pub fn debian(kernel: Kernel) -> Result<Told> {
+    make(&Debian { kernel, kernel_only: None, force: false, json: false })
 }
 
 pub fn main(args: &Args) -> Result<()> {
     let System::Debian(debian) = &args.system;
+    let told = make(debian)?;
+    if debian.json {
+        println!("{}", serde_json::to_string_pretty(&told)?);
+    } else {
+        println!("kernel  {} (Linux {})", told.kernel.display(), told.version);
+        println!("vmlinux {}", told.vmlinux.display());
+        println!("initrd  {}", told.initrd.display());
+        if let Some(disk) = &told.disk {
+            println!("disk    {}", disk.display());
+        }
+        println!("cmdline {}", told.cmdline);
+    }
+    Ok(())
+}
+
+fn make(debian: &Debian) -> Result<Told> {
     let place = cache()?.join("guests/debian");
     fs::create_dir_all(&place).with_context(|| format!("Cannot create {}", place.display()))?;
     // One maker at a time; a second one waits here and then finds everything made.
@@ -104,30 +128,18 @@ pub fn main(args: &Args) -> Result<()> {
             Some(root::make(&place, &cloud, debian.force)?)
         }
     };
-    let told = Told {
+    Ok(Told {
         version: kernel.version.clone(),
         kernel: kernel.dir.join("vmlinuz"),
         vmlinux: kernel.dir.join("vmlinux"),
         initrd: kernel.dir.join("initrd.img"),
         disk,
         cmdline: "console=ttyS0",
-    };
-    if debian.json {
-        println!("{}", serde_json::to_string_pretty(&told)?);
-    } else {
-        println!("kernel  {} (Linux {})", told.kernel.display(), told.version);
-        println!("vmlinux {}", told.vmlinux.display());
-        println!("initrd  {}", told.initrd.display());
-        if let Some(disk) = &told.disk {
-            println!("disk    {}", disk.display());
-        }
-        println!("cmdline {}", told.cmdline);
-    }
-    Ok(())
+    })
 }
 
 /// The cache of made things: `$WARDIAN_CACHE` or `/var/tmp/wardian`.
-fn cache() -> Result<PathBuf> {
+pub fn cache() -> Result<PathBuf> {
     let dir =
         std::env::var_os("WARDIAN_CACHE").map_or_else(|| PathBuf::from("/var/tmp/wardian"), PathBuf::from);
     if !dir.is_absolute() {
