@@ -106,6 +106,12 @@ impl Default for State {
     }
 }
 
+/// A null selector without its RPL: an interrupt's return to user code clears it on the way.
+#[must_use]
+pub fn plain_null(selector: u16) -> u16 {
+    if selector < 4 { 0 } else { selector }
+}
+
 /// AT&T text of `code` at `address`, one instruction a line with its bytes.
 #[must_use]
 pub fn disassemble(bitness: u32, code: &[u8], address: u64) -> String {
@@ -240,14 +246,14 @@ pub fn differences(case: &Case, native: &Outcome, engine: &Outcome, scope: &Scop
 
 /// The inputs of `case`, for a report.
 #[must_use]
-pub fn describe(case: &Case, scope: &Scope) -> String {
+pub fn describe(case: &Case, xcr0: u64) -> String {
     let mut out = disassemble(case.bitness, &case.code, case.address);
     for (n, name) in NAMES.iter().enumerate() {
         let _ = write!(out, "  {name:>4}={:#018x}{}", case.state.gpr[n], if n % 4 == 3 { "\n" } else { "" });
     }
     let State { rflags, fs, gs, .. } = &case.state;
     let _ = writeln!(out, "  rflags={rflags:#x} fs={fs:#x} gs={gs:#x}");
-    for (name, at, len) in pieces(scope.xcr0).into_iter().take(7) {
+    for (name, at, len) in pieces(xcr0).into_iter().take(7) {
         let text =
             case.state.xsave[at..at + len].iter().rev().fold(String::new(), |t, b| t + &format!("{b:02x}"));
         let _ = write!(out, "  {name}={text}");

@@ -1,8 +1,8 @@
 //! Random cases: an encoding, registers and memory that make it do something, flags, vector state.
 
 use iced_x86::{
-    Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic as M, OpAccess, OpKind, Register, RflagsBits,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess,
+    OpKind, Register, RflagsBits,
 };
 use wardian_cpu::bits::rflags;
 
@@ -50,10 +50,22 @@ fn is_general(register: Register) -> bool {
     register.is_gpr32() || register.is_gpr64() || register.is_gpr16()
 }
 
+/// Arithmetic flags out of the decoder's flag bits.
+fn flags(bits: u32) -> u64 {
+    FLAGS.iter().filter(|(bit, _)| bits & bit != 0).fold(0, |mask, (_, flag)| mask | flag)
+}
+
 /// Flags that the manual leaves undefined after `instruction`.
 fn undefined(instruction: &Instruction) -> u64 {
-    let bits = instruction.rflags_undefined();
-    FLAGS.iter().filter(|(bit, _)| bits & bit != 0).fold(0, |mask, (_, flag)| mask | flag)
+    flags(instruction.rflags_undefined())
+}
+
+/// With a count of zero it changes no flags.
+fn may_leave_flags(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    )
 }
 
 /// Whether it records itself in the x87 pointers, or loads them.
@@ -556,6 +568,8 @@ fn is_calm(code: Code) -> bool {
                 | M::Frstor
                 | M::Fnstenv
                 | M::Fnsave
+                | M::Fxsave
+                | M::Fxsave64
                 | M::Fldcw
         )
 }
@@ -581,6 +595,9 @@ impl Generator {
         };
         let looping = self.rng.chance(30);
         let mut parts: Vec<(Vec<u8>, Option<usize>)> = Vec::new(); // bytes; how many parts a jump skips
+        // Flags that are undefined where we stand; around a loop, any may be.
+        let mut unknown = if looping { rflags::ARITH } else { 0 };
+        let mut conditional = 0; // parts that a jump may skip
         let (mut undefined_after, mut x87) = (0, false);
         let count = 2 + self.rng.below(10) as usize;
         let mut length = 0;
@@ -591,7 +608,13 @@ impl Generator {
             let at = address + length as u64;
             if self.rng.chance(15) {
                 let condition = self.rng.below(16) as u8;
-                parts.push((vec![0x70 | condition, 0], Some(1 + self.rng.below(3) as usize)));
+                let jump = decode(&[0x70 | condition, 0], bitness, at);
+                if jump.is_none_or(|jump| flags(jump.rflags_read()) & unknown != 0) {
+                    continue;
+                }
+                let skip = 1 + self.rng.below(3) as usize;
+                parts.push((vec![0x70 | condition, 0], Some(skip)));
+                conditional = conditional.max(skip + 1);
                 length += 2;
                 continue;
             }
@@ -599,9 +622,15 @@ impl Generator {
             let plan = Plan { bitness, address: at, addressing, prefixes: false };
             let code = self.rng.pick(&self.calm);
             let Some((bytes, instruction)) = encode(&mut self.rng, code, &plan) else { continue };
-            if !self.fits(&instruction, &[base, index, if looping { 1 } else { base }]) {
+            let kept = [base, index, if looping { 1 } else { base }];
+            if flags(instruction.rflags_read()) & unknown != 0 || !self.fits(&instruction, &kept) {
                 continue;
             }
+            conditional = conditional.saturating_sub(1);
+            if conditional == 0 && !may_leave_flags(&instruction) {
+                unknown &= !flags(instruction.rflags_modified());
+            }
+            unknown |= undefined(&instruction);
             undefined_after |= undefined(&instruction);
             x87 |= records_x87(&instruction);
             length += bytes.len();
@@ -632,7 +661,7 @@ impl Generator {
         state.gpr[4] = DATA + 0x1000 + self.rng.below(0x40) * 8;
         if looping && code.len() < 120 {
             state.gpr[1] = 1 + self.rng.below(4);
-            code.push(self.rng.pick(&[0xe0, 0xe1, 0xe2, 0xe2]));
+            code.push(if unknown & rflags::ZF != 0 { 0xe2 } else { self.rng.pick(&[0xe0, 0xe1, 0xe2]) });
             code.push((-(code.len() as i64) - 1) as u8);
         }
         Case {
@@ -647,9 +676,8 @@ impl Generator {
         }
     }
 
-    /// Writes none of `kept` nor RSP (but by pushing and popping), and reads no flag that may be undefined.
+    /// Writes none of `kept` nor RSP (but by pushing and popping).
     fn fits(&mut self, instruction: &Instruction, kept: &[u8]) -> bool {
-        let reads_flags = instruction.condition_code() != ConditionCode::None && undefined(instruction) != 0;
         let stack = instruction.is_stack_instruction();
         let info = self.info.info(instruction);
         let writes = info.used_registers().iter().any(|used| {
@@ -665,7 +693,7 @@ impl Generator {
             written
                 && (kept || register.is_segment_register() || stack && general && is_rsp_target(instruction))
         });
-        !writes && !reads_flags
+        !writes
     }
 }
 

@@ -16,7 +16,7 @@ use wardian_irq::{Kick, LocalInterrupts, PendingEvents};
 use wardian_memory::{Gpa, GuestMemory, MemoryError};
 
 use crate::case::{
-    CODE, CODE_BYTES, Case, DATA, DATA_PAGES, Fault, Outcome, READ_ONLY, State, WINDOW, XSAVE,
+    CODE, CODE_BYTES, Case, DATA, DATA_PAGES, Fault, Outcome, READ_ONLY, State, WINDOW, XSAVE, plain_null,
 };
 
 /// Bytes of RAM that the guest needs.
@@ -246,7 +246,7 @@ impl Guest {
         state.gpr = after.gpr;
         state.gpr[CpuState::RSP] = word(4);
         state.rflags = word(3);
-        state.selectors = [0usize, 3, 4, 5].map(|n| after.segments[n].selector);
+        state.selectors = [0usize, 3, 4, 5].map(|n| plain_null(after.segments[n].selector));
         (state.fs, state.gs) = (after.segments[4].base, after.segments[5].base);
         let len = XSAVE.min(after.xsave.len());
         state.xsave[..len].copy_from_slice(&after.xsave[..len]);

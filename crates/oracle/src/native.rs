@@ -5,7 +5,7 @@
 //! signal handler, by an exception.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use iced_x86::code_asm::{
     CodeAssembler, byte_ptr, ds, dword_ptr, eax, ecx, edx, es, fs, gs, ptr, qword_ptr, r8, r9, r10, r11, r12,
@@ -14,6 +14,7 @@ use iced_x86::code_asm::{
 
 use crate::case::{
     CODE, CODE_BYTES, Case, DATA, DATA_PAGES, Fault, Outcome, READ_ONLY, State, WINDOW, WideLayout, XSAVE,
+    plain_null,
 };
 
 /// The frame: registers in, registers out, a small stack, the trampoline.
@@ -147,6 +148,36 @@ fn copy_out(address: u64, bytes: &mut [u8]) {
     unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), bytes.len()) }
 }
 
+/// The case that the engine runs now: printed if it dies of it.
+static CURRENT: AtomicPtr<Case> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Notes that the engine runs `case` until the answer is dropped.
+pub fn current(case: &Case) -> impl Drop + use<'_> {
+    struct Note<'a>(std::marker::PhantomData<&'a Case>);
+    impl Drop for Note<'_> {
+        fn drop(&mut self) {
+            CURRENT.store(std::ptr::null_mut(), Ordering::Release);
+        }
+    }
+    CURRENT.store(std::ptr::from_ref(case).cast_mut(), Ordering::Release);
+    Note(std::marker::PhantomData::<&Case>)
+}
+
+/// If the older handler gave up (and the signal will kill the process when it comes again), says what ran.
+fn last_words(signal: i32) {
+    // SAFETY: only asks for the action of a signal.
+    let gave_up = unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &raw mut now);
+        now.sa_sigaction == libc::SIG_DFL
+    };
+    // SAFETY: while it is not null the case is borrowed by the note on the stack of this thread.
+    if gave_up && let Some(case) = unsafe { CURRENT.load(Ordering::Acquire).as_ref() } {
+        let text = crate::case::describe(case, 7);
+        eprintln!("The engine dies of signal {signal} in this case:\n{text}");
+    }
+}
+
 /// Entry of the handler: the kernel leaves EFLAGS.AC as the case had it, and compiled code must not meet that.
 #[unsafe(naked)]
 extern "C" fn signal_entry(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -170,6 +201,7 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut l
                     std::mem::transmute(older);
                 handler(signal, info, context);
             }
+            last_words(signal);
         }
         return;
     }
@@ -379,7 +411,8 @@ impl Native {
         state.rflags = if faulted { read64(FAULT + TAKEN_FLAGS) } else { read64(OUT + RFLAGS) };
         (state.fs, state.gs) = (read64(OUT + FS), read64(OUT + GS));
         for (n, selector) in state.selectors.iter_mut().enumerate() {
-            *selector = (read64(OUT + SELECTORS + n as u64 / 2 * 8) >> (n % 2 * 32)) as u16;
+            let value = (read64(OUT + SELECTORS + n as u64 / 2 * 8) >> (n % 2 * 32)) as u16;
+            *selector = plain_null(value);
         }
         copy_out(XSAVE_OUT, &mut state.xsave[..]);
         if self.xcr0 & 0xe0 == 0 {

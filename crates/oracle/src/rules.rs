@@ -1,6 +1,10 @@
 //! What is compared and what is not, each with its reason.
 
-use iced_x86::{Code, CpuidFeature as C, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic as M};
+use iced_x86::{
+    Code, CodeSize, CpuidFeature as C, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic as M,
+    Register,
+};
+use wardian_cpu::bits::rflags;
 use wardian_cpu::{CpuModel, Feature as F};
 
 use crate::case::{Case, Outcome};
@@ -124,10 +128,26 @@ fn features(wanted: C) -> Option<&'static [F]> {
 pub fn excluded(code: Code) -> Option<&'static str> {
     let mnemonic = code.mnemonic();
     let by_name = EXCLUDED.iter().find(|(_, list)| list.contains(&mnemonic)).map(|(reason, _)| *reason);
-    by_name.or_else(|| {
-        (code.is_jmp_far() || code.is_call_far() || code.is_jmp_far_indirect() || code.is_call_far_indirect())
+    by_name
+        .or_else(|| {
+            (code.is_jmp_far()
+                || code.is_call_far()
+                || code.is_jmp_far_indirect()
+                || code.is_call_far_indirect())
             .then_some("loads or leaves a code segment; tested by guests")
-    })
+        })
+        .or_else(|| {
+            matches!(
+                code,
+                Code::Pushd_ES
+                    | Code::Pushd_CS
+                    | Code::Pushd_SS
+                    | Code::Pushd_DS
+                    | Code::Pushd_FS
+                    | Code::Pushd_GS
+            )
+            .then_some("stores 16 or 32 bits, as the processor likes (SDM, PUSH)")
+        })
 }
 
 /// The encodings that are tried for a guest of `model` in `bitness`-bit code.
@@ -187,14 +207,117 @@ const EXCUSES: &[Excuse] = &[
         |host, engine| engine.fault.address = host.fault.address,
     ),
     (
+        "an alignment check (AC at CPL 3) of an instruction that the engine emulates; no system turns them on",
+        |_, host, engine| {
+            host.state.rflags & rflags::AC != 0 && (host.fault.vector == 17) != (engine.fault.vector == 17)
+        },
+        |host, engine| *engine = host.clone(),
+    ),
+    (
+        "two exceptions at once, misalignment and a page fault: which comes first",
+        |_, host, engine| host.fault.vector == 13 && engine.fault.vector == 14 && host.rip == engine.rip,
+        |host, engine| engine.fault = host.fault,
+    ),
+    (
+        "two exceptions at once, a pending or own floating-point exception and a page fault: which comes first",
+        |instruction, host, engine| {
+            let own =
+                matches!(host.fault.vector, 16 | 19) || host.fault.vector == 3 && stores_x87(instruction);
+            own && matches!(engine.fault.vector, 12..=14) && host.rip.wrapping_sub(engine.rip) < 16
+        },
+        |host, engine| *engine = host.clone(),
+    ),
+    (
+        "CMPS whose operands both fault: which is read first",
+        |instruction, host, engine| {
+            let both = host.fault.vector == 14 && engine.fault.vector == 14;
+            both && matches!(instruction.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq)
+        },
+        |host, engine| engine.fault.address = host.fault.address,
+    ),
+    (
+        "MASKMOV without any mask bit: whether the address is checked (SDM: as the processor likes)",
+        |instruction, host, engine| {
+            let kind = matches!(instruction.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu);
+            kind && matches!(host.fault.vector, 12..=14) && engine.fault.vector == 3
+        },
+        |host, engine| *engine = host.clone(),
+    ),
+    (
+        "cache-line hints at addresses without memory: the engine does nothing",
+        |instruction, host, engine| {
+            let hint = matches!(instruction.mnemonic(), M::Clflush | M::Clflushopt | M::Clwb);
+            hint && matches!(host.fault.vector, 12..=14) && engine.fault.vector == 3
+        },
+        |host, engine| *engine = host.clone(),
+    ),
+    (
         "ENTER that faults: which of the pushes below the stack pointer were stored before",
-        |instruction, host, _| instruction.mnemonic() == M::Enter && host.fault.vector == 14,
+        |instruction, host, _| instruction.mnemonic() == M::Enter && matches!(host.fault.vector, 12 | 14),
         |host, engine| {
             engine.window.clone_from(&host.window);
             engine.fault.address = host.fault.address;
         },
     ),
+    (
+        "XSAVE and XRSTOR: whether parts of the image that are not asked for are touched",
+        |instruction, host, engine| {
+            let kind = matches!(instruction.mnemonic(), M::Xsave | M::Xsave64 | M::Xrstor | M::Xrstor64);
+            kind && host.fault.vector == 3 && matches!(engine.fault.vector, 12..=14)
+        },
+        |host, engine| *engine = host.clone(),
+    ),
+    (
+        "an MMX instruction that faults: whether it has turned the x87 stack into MMX registers before",
+        |instruction, host, engine| {
+            let mmx = (0..instruction.op_count()).any(|n| instruction.op_register(n).is_mm());
+            mmx && matches!(host.fault.vector, 12..=17) && host.fault == engine.fault
+        },
+        |host, engine| {
+            engine.state.xsave[0..24].copy_from_slice(&host.state.xsave[0..24]);
+            engine.state.xsave[32..160].copy_from_slice(&host.state.xsave[32..160]);
+        },
+    ),
+    (
+        "VCVTPS2PH to memory that faults: whether MXCSR has its exception flags already",
+        |instruction, host, engine| {
+            instruction.mnemonic() == M::Vcvtps2ph && host.fault.vector == 14 && host.fault == engine.fault
+        },
+        |host, engine| engine.state.xsave[24..28].copy_from_slice(&host.state.xsave[24..28]),
+    ),
+    (
+        "a store through CS in 32-bit code: types of flat segments are not checked",
+        |instruction, host, engine| {
+            instruction.code_size() == CodeSize::Code32
+                && instruction.memory_segment() == Register::CS
+                && host.fault.vector == 13
+                && engine.fault.vector == 3
+        },
+        |host, engine| *engine = host.clone(),
+    ),
+    (
+        "flags at an exception that the code overwrites before it reads them",
+        |_, host, engine| {
+            let differ = host.state.rflags ^ engine.state.rflags;
+            host.fault.vector != 3
+                && host.fault == engine.fault
+                && differ != 0
+                && differ & !rflags::ARITH == 0
+        },
+        |host, engine| engine.state.rflags = host.state.rflags,
+    ),
 ];
+
+fn zeroes_vectors(case: &Case) -> bool {
+    Decoder::with_ip(case.bitness, &case.code, case.address, DecoderOptions::NONE)
+        .iter()
+        .any(|instruction| matches!(instruction.mnemonic(), M::Vzeroall | M::Vzeroupper))
+}
+
+/// An x87 store, which an unmasked exception of its own makes void.
+fn stores_x87(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp)
+}
 
 fn many_parts(instruction: &Instruction) -> bool {
     matches!(
@@ -223,10 +346,25 @@ fn many_parts(instruction: &Instruction) -> bool {
 
 /// Makes `engine` equal to `host` where a known exception excuses the difference; its reason if it changed anything.
 pub fn excuse(case: &Case, host: &Outcome, engine: &mut Outcome) -> Option<&'static str> {
-    let at = host.rip.checked_sub(case.address).filter(|at| *at < case.code.len() as u64)? as usize;
-    let mut decoder = Decoder::with_ip(case.bitness, &case.code[at..], host.rip, DecoderOptions::NONE);
-    let instruction = decoder.decode();
     let mut reason = None;
+    if case.bitness == 32 && zeroes_vectors(case) {
+        for from in [160 + 8 * 16, 576 + 8 * 16] {
+            engine.state.xsave[from..from + 128].copy_from_slice(&host.state.xsave[from..from + 128]);
+        }
+        reason =
+            Some("VZEROALL and VZEROUPPER in 32-bit code clear registers 8-15, which it cannot see, too");
+    }
+    // Where the two part: the instruction at which one of them met an exception.
+    let at = [host.rip, engine.rip]
+        .into_iter()
+        .filter_map(|rip| rip.checked_sub(case.address))
+        .filter(|at| *at < case.code.len() as u64)
+        .min();
+    let Some(at) = at else { return reason };
+    let at = at as usize;
+    let ip = case.address + at as u64;
+    let mut decoder = Decoder::with_ip(case.bitness, &case.code[at..], ip, DecoderOptions::NONE);
+    let instruction = decoder.decode();
     for (why, applies, remove) in EXCUSES {
         if applies(&instruction, host, engine) {
             remove(host, engine);

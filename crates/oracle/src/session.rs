@@ -6,7 +6,7 @@ use std::fmt::Write;
 use crate::case::{CODE, CODE_BYTES, Case, Outcome, SLOTS, Scope, WINDOW, agree, describe, differences};
 use crate::generate::{Generator, Options};
 use crate::guest::{Guest, GuestError};
-use crate::native::Native;
+use crate::native::{Native, current};
 use crate::rules;
 
 /// What stands on the engine's side.
@@ -123,10 +123,12 @@ impl Session {
 
     fn one(&mut self, case: &Case, window: &[u8]) {
         let native = self.native.run(case, window);
+        let note = current(case);
         let other = match &mut self.subject {
             Subject::Engine(guest) => guest.run(case, window),
             Subject::Itself => Ok(self.native.run(case, window)),
         };
+        drop(note);
         self.tally.cases += 1;
         *self.tally.faults.entry(native.fault.vector).or_default() += 1;
         if self.count_codes {
@@ -163,7 +165,7 @@ impl Session {
         if self.tally.failures.len() >= self.keep {
             return;
         }
-        let mut report = describe(case, &self.scope);
+        let mut report = describe(case, self.scope.xcr0);
         let _ = writeln!(report, "  host: {:x?} rip {:#x}", native.fault, native.rip);
         for line in lines {
             let _ = writeln!(report, "  {line}");
