@@ -31,6 +31,7 @@ use crate::ending::Ending;
 use crate::engine::{self, EngineArgs};
 use crate::error::MachineError;
 use crate::host::{Input, InputRoute, Outputs};
+use crate::step::{StepMask, Stepped};
 use crate::vcpu::Slot;
 use crate::vm::{Parts, Worker};
 
@@ -241,11 +242,12 @@ pub(crate) fn assemble(
             what: "a local APIC",
             source: format!("there is none for vCPU {index}").into(),
         })?;
-        let mut vcpu = engine.create_vcpu(index, &model, Arc::clone(&local))?;
+        let mask = StepMask::new(Arc::clone(&local));
+        let mut vcpu = engine.create_vcpu(index, &model, Arc::clone(&mask) as _)?;
         if index == 0 {
             vcpu.set_state(&state)?;
         }
-        let slot = Slot::new(index, vcpu);
+        let slot = Slot::new(index, Box::new(Stepped { vcpu, mask }));
         local.attach(Arc::clone(&slot.wake) as Arc<dyn Kick>);
         slots.push(slot);
     }

@@ -28,6 +28,7 @@ mod host;
 mod lifecycle;
 mod machine;
 mod stats;
+mod step;
 #[cfg(test)]
 mod tests;
 mod vcpu;
