@@ -1,6 +1,7 @@
 //! `cargo xtask guests`: builds the bare-metal guests of `guests/` into `target/guests`.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -14,6 +15,17 @@ pub struct Args {
 }
 
 pub fn main(args: &Args) -> Result<()> {
+    for guest in build(&args.names)? {
+        println!("{}", guest.display());
+    }
+    Ok(())
+}
+
+/// Builds the guests of these names, or all for none; says where they are.
+///
+/// # Errors
+/// When they do not build.
+pub fn build(names: &[String]) -> Result<Vec<PathBuf>> {
     let top = repository();
     let source = top.join("guests");
     let out = top.join("target/guests");
@@ -22,20 +34,21 @@ pub fn main(args: &Args) -> Result<()> {
     // The guests have their own flags (guests/.cargo/config.toml), read from the folder cargo runs in.
     cargo.current_dir(&source).args(["build", "--release", "--quiet"]).env("CARGO_TARGET_DIR", &build);
     cargo.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
-    if args.names.is_empty() {
+    if names.is_empty() {
         cargo.arg("--workspace");
     }
-    for name in &args.names {
+    for name in names {
         cargo.args(["--bin", name]);
     }
     let status = cargo.status().context("Cannot start cargo")?;
     if !status.success() {
         bail!("Building the guests failed");
     }
+    let mut made = Vec::new();
     for entry in fs::read_dir(source.join("src/bin"))? {
         let path = entry?.path();
         let Some(name) = path.file_stem().and_then(|n| n.to_str()) else { continue };
-        if !args.names.is_empty() && !args.names.iter().any(|n| n == name) {
+        if !names.is_empty() && !names.iter().any(|n| n == name) {
             continue;
         }
         let to = out.join(name);
@@ -43,7 +56,8 @@ pub fn main(args: &Args) -> Result<()> {
         let built = build.join("x86_64-unknown-linux-gnu/release").join(name);
         fs::copy(&built, &part).with_context(|| format!("Cannot copy {}", built.display()))?;
         fs::rename(&part, &to)?;
-        println!("{}", to.display());
+        made.push(to);
     }
-    Ok(())
+    made.sort();
+    Ok(made)
 }

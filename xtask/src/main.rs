@@ -10,6 +10,7 @@ mod guest;
 mod guests;
 mod run;
 mod start;
+mod test;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,8 @@ enum Command {
     Guests(guests::Args),
     /// Boot a stock guest to a shell on this terminal.
     Run(start::Args),
+    /// Make what the tests need, then run all of them.
+    Test(test::Args),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         Command::Guest(args) => guest::main(&args),
         Command::Guests(args) => guests::main(&args),
         Command::Run(args) => start::main(&args),
+        Command::Test(args) => test::main(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -94,6 +94,14 @@ pub fn debian(kernel: Kernel) -> Result<Told> {
     make(&Debian { kernel, kernel_only: None, force: false, json: false })
 }
 
+/// Makes the kernel `kind` and its initial RAM disk alone, if they are not made yet.
+///
+/// # Errors
+/// As [`debian`].
+pub fn kernel(kind: Kernel) -> Result<Told> {
+    make(&Debian { kernel: kind, kernel_only: Some(kind), force: false, json: false })
+}
+
 pub fn main(args: &Args) -> Result<()> {
     let System::Debian(debian) = &args.system;
     let told = make(debian)?;
