@@ -18,14 +18,13 @@ pub struct Site(pub u64);
 
 impl Site {
     /// Packs. `size` must be one of [`SIZES`].
-    pub fn new(rip: u64, size: usize, read: bool, write: bool, segment: usize, checked: bool, len: usize) -> Option<Site> {
+    pub fn new(rip: u64, size: usize, read: bool, write: bool, segment: usize, checked: bool) -> Option<Site> {
         let code = SIZES.iter().position(|s| usize::from(*s) == size)? as u64;
         let bits = code
             | u64::from(write) << 4
             | u64::from(read) << 5
             | (segment as u64) << 6
-            | u64::from(checked) << 9
-            | (len as u64) << 10;
+            | u64::from(checked) << 9;
         Some(Site((rip & 0xffff_ffff_ffff) | bits << 48))
     }
     /// Linear address of the instruction.
@@ -51,15 +50,11 @@ impl Site {
     fn checked(self) -> bool {
         self.bits() & 0x200 != 0
     }
-    fn len(self) -> u64 {
-        self.bits() >> 10 & 15
-    }
 }
 
 /// What an instruction with a slow write leaves to be done after it.
 #[derive(Clone, Copy, Debug)]
 pub struct Commit {
-    linear: u64,
     len: usize,
     /// Physical address of the first byte, and of the byte that starts the second page (if it crosses).
     gpa: [u64; 2],
@@ -379,7 +374,7 @@ impl Core {
             }
             self.ctx.get_mut().ret = ret;
             if code || self.watch_hit != 0 {
-                self.commit = Some(Commit { linear, len: size, gpa: [t.gpa, 0], first, bounce: None });
+                self.commit = Some(Commit { len: size, gpa: [t.gpa, 0], first, bounce: None });
                 return Ok(if write { Slow::Commit } else { Slow::Hit });
             }
             return Ok(Slow::Hit);
@@ -408,7 +403,7 @@ impl Core {
         if !write {
             return Ok(Slow::Hit);
         }
-        self.commit = Some(Commit { linear, len: size, gpa, first, bounce: Some(offset) });
+        self.commit = Some(Commit { len: size, gpa, first, bounce: Some(offset) });
         Ok(Slow::Commit)
     }
 
@@ -429,7 +424,6 @@ impl Core {
                 }
             }
         }
-        let _ = commit.linear;
         !self.out.is_empty()
             || self.watch_hit != 0
             || self.c().attention.load(std::sync::atomic::Ordering::Acquire) != 0

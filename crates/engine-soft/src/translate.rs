@@ -179,7 +179,7 @@ impl Translator {
                 second = Some((next, first));
             }
             let used = ops.last().map_or(1, |op: &Op| op.start + op.insn.len());
-            let peeked = self.liveness(&mut ops, &source, fetch.host, linear, mode, second.is_none());
+            let peeked = self.liveness(&mut ops, fetch.host, linear, mode, second.is_none());
 
             // Mark first, then look whether somebody wrote in between.
             let on_first = second.map_or(used, |(_, first)| first.min(used));
@@ -294,7 +294,6 @@ impl Translator {
     fn liveness(
         &mut self,
         ops: &mut [Op],
-        source: &Source,
         host: usize,
         linear: u64,
         mode: Mode,
@@ -323,7 +322,6 @@ impl Translator {
             Class::Interpret | Class::Syscall | Class::JmpIndirect | Class::CallIndirect | Class::Ret => ALL_FLAGS,
             _ => live_at(self, end),
         };
-        let _ = source;
         for op in ops.iter_mut().rev() {
             op.live_after = live;
             if matches!(op.info.class, Class::Jcc | Class::Loop | Class::Jrcxz) {
@@ -623,7 +621,7 @@ impl Emit<'_> {
                 let guest = raw(op, source, self.mode).field(Field::Opcode);
                 let size = self.stack_size();
                 self.top_of_stack();
-                self.check(op.live_before(), rip, insn.len(), size, true, false, seg::SS, None);
+                self.check(op.live_before(), rip, size, true, false, seg::SS, None);
                 match host_of(guest) {
                     Some(reg::GSP) => self.pair_load(reg::GSP),
                     Some(host) => {
@@ -645,7 +643,7 @@ impl Emit<'_> {
                 } else {
                     self.c.mov32(T0, reg::GBP);
                 }
-                self.check(op.live_before(), rip, insn.len(), size, true, false, seg::SS, None);
+                self.check(op.live_before(), rip, size, true, false, seg::SS, None);
                 self.c.lea(reg::GSP, Some(reg::GBP), None, size as i32, wide);
                 self.pair_load(reg::GBP);
             }
@@ -673,7 +671,7 @@ impl Emit<'_> {
                 let extra = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
                 self.clobber(ALL_FLAGS);
                 self.top_of_stack();
-                self.check(0, rip, insn.len(), size, true, false, seg::SS, None);
+                self.check(0, rip, size, true, false, seg::SS, None);
                 self.pair_load(T0);
                 self.bump_sp(size as i32 + extra);
                 self.go_indirect();
@@ -752,7 +750,7 @@ impl Emit<'_> {
         let size = self.stack_size();
         let live = if op.info.class == Class::CallIndirect { ALL_FLAGS } else { op.live_before() };
         self.c.lea(T0, Some(reg::GSP), None, -(size as i32), self.mode.code64());
-        let index = self.check(live, rip, op.insn.len(), size, false, true, seg::SS, None);
+        let index = self.check(live, rip, size, false, true, seg::SS, None);
         store(self);
         self.bump_sp(-(size as i32));
         self.finish(index, next, op.live_after);
@@ -765,7 +763,6 @@ impl Emit<'_> {
         &mut self,
         live: u32,
         rip: u64,
-        len: usize,
         size: usize,
         read: bool,
         write: bool,
@@ -774,7 +771,7 @@ impl Emit<'_> {
     ) -> usize {
         self.clobber(live);
         let checked = checked.is_some();
-        let access = Site::new(rip, size, read, write, segment, checked, len).unwrap_or(Site(rip));
+        let access = Site::new(rip, size, read, write, segment, checked).unwrap_or(Site(rip));
         let view = self.mode.view();
         let tag = if write { ctx::tag_write(view) } else { ctx::tag_read(view) };
         let site = if checked {
@@ -962,10 +959,7 @@ impl Emit<'_> {
         // The address is computed before the flags are saved: that needs R14, this R13 and R14.
         self.clobber(live);
         self.address(insn, T0, flat, true);
-        if flat && !self.mode.code64() && !self.mode.based(segment) && address_size(insn, false) == 4 {
-            // LEA of 32 bits has wrapped the address already.
-        }
-        self.check(0, rip, insn.len(), size, read, write, segment, (!flat).then_some(()))
+        self.check(0, rip, size, read, write, segment, (!flat).then_some(()))
     }
 
     /// An instruction that is emitted as itself.
@@ -1033,8 +1027,6 @@ impl Emit<'_> {
                 }
             }
         }
-        let start = self.c.pos();
-        let _ = start;
         let merged = memory && (spills > 0 || restore || high);
         if merged {
             self.c.merge();
@@ -1134,7 +1126,6 @@ impl Emit<'_> {
             n += 1;
         };
         let field = |f: Field, old: u8| regs[f as usize].unwrap_or(old);
-        let old_modrm = raw.modrm.unwrap_or(0);
         let reg_field = field(Field::Reg, raw.field(Field::Reg));
         let (mut x, mut b) = (0u8, 0u8);
         let mut tail = [0u8; 2];
@@ -1164,7 +1155,6 @@ impl Emit<'_> {
                 0xc0 | (reg_field & 7) << 3 | rm & 7
             }
         });
-        let _ = old_modrm;
         let mut opcode = raw.opcode;
         if let Some(r) = regs[Field::Opcode as usize]
             && raw.modrm.is_none()

@@ -45,6 +45,8 @@ pub struct SoftVcpu {
     pass: Option<u64>,
     table: CodeTable,
     delay: Option<RunDelay>,
+    /// Run delay that the guest has been told of.
+    told: Nanos,
     refreshed: Nanos,
 }
 
@@ -70,6 +72,7 @@ impl SoftVcpu {
             pass: None,
             table: CodeTable::new(),
             delay: None,
+            told: Nanos(0),
             refreshed: Nanos(0),
         }
     }
@@ -117,13 +120,11 @@ impl SoftVcpu {
             return Ok(());
         }
         if pending.init && core.irq.take_init() {
-            let mut reset = CpuState::reset();
-            if core.index != 0 {
-                reset.activity = Activity::WaitForSipi;
-            }
-            if state::restore(core, &reset).is_err() {
+            if state::init(core).is_err() {
                 return Err(sys::deliver::TripleFault);
             }
+            core.sys.activity = if core.index == 0 { Activity::Running } else { Activity::WaitForSipi };
+            core.flush_tlb(crate::mmu::Flush::All);
         }
         if core.sys.activity == Activity::WaitForSipi {
             if let Some(vector) = core.irq.take_startup() {
@@ -160,7 +161,9 @@ impl SoftVcpu {
         let now = self.core.time.now();
         if stopped || now >= self.refreshed.saturating_add(REFRESH) {
             self.refreshed = now;
-            let stolen = self.delay.as_ref().map_or(Nanos(0), RunDelay::read);
+            let total = self.delay.as_ref().map_or(Nanos(0), RunDelay::read);
+            let stolen = total.saturating_sub(self.told);
+            self.told = total;
             sys::paravirt::refresh(&mut self.core, stolen, stopped);
         }
     }
@@ -354,9 +357,10 @@ impl SoftVcpu {
             let single = self.mode.single();
             let block = &self.translator.blocks.all[id as usize];
             let at = if std::mem::take(&mut first) { block.body } else { block.head };
+            let start = block.linear;
             self.enter(at);
             let ctx = self.core.c();
-            let (leave, arg) = (ctx.leave, ctx.arg);
+            let (leave, arg, rip) = (ctx.leave, ctx.arg, ctx.rip);
             match leave {
                 l if l == Leave::Chain as u32 || l == Leave::Lookup as u32 => {
                     if ctx.attention.load(Ordering::Acquire) != 0 {
@@ -388,9 +392,15 @@ impl SoftVcpu {
                     }
                 }
                 l if l == Leave::Interpret as u32 || l == Leave::Syscall as u32 => {
+                    // A CLI right behind an STI block must not hide an interrupt for ever.
+                    if rip != start && ctx.attention.load(Ordering::Acquire) != 0 {
+                        return None;
+                    }
                     let result = if l == Leave::Syscall as u32 {
                         self.core.counters.syscalls += 1;
-                        self.interpret()
+                        let next = self.mode.ip(rip.wrapping_add(2));
+                        self.core.journal_used = 0;
+                        sys::transfer::syscall(&mut self.core, next)
                     } else {
                         self.interpret()
                     };
