@@ -14,8 +14,12 @@ pub fn wait_ticks(ticks: u16) {
     while in8(0x61) & 0x20 == 0 {}
 }
 
+/// Waits for at least `ms` milliseconds, fifty at a time.
 pub fn wait_ms(ms: u64) {
-    for _ in 0..ms {
-        wait_ticks((PIT_HZ / 1000) as u16);
+    let mut left = ms;
+    while left > 0 {
+        let step = left.min(50);
+        wait_ticks((PIT_HZ * step / 1000) as u16);
+        left -= step;
     }
 }

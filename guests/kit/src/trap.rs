@@ -192,7 +192,7 @@ kit_trap_common:
     add rsp, 16
     iretq
 
-# (function, argument) -> 0 when it returned, 1 when a trap ended it
+# (function, argument, CR0 for it or 0) -> 0 when it returned, 1 when a trap ended it
     .globl kit_catch
 kit_catch:
     push rbx
@@ -201,15 +201,25 @@ kit_catch:
     push r13
     push r14
     push r15
-    sub rsp, 8
+    # The old CR0, if another one is wanted.
+    push 0
     mov [KIT_CATCH_RSP], rsp
     mov rax, rdi
     mov rdi, rsi
-    call rax
+    test rdx, rdx
+    jz 4f
+    mov rcx, cr0
+    mov [rsp], rcx
+    mov cr0, rdx
+4:  call rax
     xor eax, eax
 3:  mov qword ptr [KIT_CATCH_RSP], 0
     cld
-    add rsp, 8
+    pop rcx
+    test rcx, rcx
+    jz 5f
+    mov cr0, rcx
+5:
     pop r15
     pop r14
     pop r13
@@ -250,7 +260,7 @@ kit_done:
 
 unsafe extern "C" {
     fn kit_stubs();
-    fn kit_catch(function: unsafe extern "C" fn(u64) -> u64, argument: u64) -> u64;
+    fn kit_catch(function: unsafe extern "C" fn(u64) -> u64, argument: u64, cr0: u64) -> u64;
     fn kit_landing();
     fn kit_enter(what: u64) -> u64;
     fn kit_done();
@@ -333,8 +343,13 @@ extern "C" fn kit_trap(frame: &mut Frame) {
 
 /// Calls `function` at CPL 0; the trap that ended it, or nothing if it returned.
 pub fn catch(function: unsafe extern "C" fn(u64) -> u64, argument: u64) -> Option<Trap> {
+    catch_with(function, argument, 0)
+}
+
+/// Like [`catch`], with another CR0 during the call, and no compiled code under it.
+pub fn catch_with(function: unsafe extern "C" fn(u64) -> u64, argument: u64, cr0: u64) -> Option<Trap> {
     // SAFETY: whatever the function does to the machine is what the guest wants to see.
-    (unsafe { kit_catch(function, argument) } == 1).then(|| LAST.get())
+    (unsafe { kit_catch(function, argument, cr0) } == 1).then(|| LAST.get())
 }
 
 /// What [`enter`] loads by IRETQ.

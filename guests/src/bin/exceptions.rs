@@ -85,6 +85,7 @@ snippet!(
 );
 snippet!(fpu, fpu_at, "", "fld1", "fstp st(0)");
 snippet!(sse, sse_at, "", "movaps xmm0, xmm1");
+snippet!(sse_off, sse_off_at, "mov cr4, rdi", "movaps xmm0, xmm1");
 snippet!(quiet, quiet_at, "", "nop");
 
 macro_rules! user_only {
@@ -308,19 +309,17 @@ fn simple() {
     kernel("#UD syscall without EFER.SCE", ud_syscall, 0, 6, NO_ERROR, At(&ud_syscall_at));
     cpu::wrmsr(msr::EFER, efer);
     let cr0 = cpu::cr0();
-    cpu::set_cr0(cr0 | 8);
-    kernel("#NM x87 with CR0.TS", fpu, 0, 7, NO_ERROR, At(&fpu_at));
-    cpu::set_cr0(cr0 | 8);
-    kernel("#NM SSE with CR0.TS", sse, 0, 7, NO_ERROR, At(&sse_at));
-    cpu::set_cr0(cr0 | 4);
-    kernel("#UD SSE with CR0.EM", sse, 0, 6, NO_ERROR, At(&sse_at));
-    cpu::set_cr0(cr0 | 4);
-    kernel("#NM x87 with CR0.EM", fpu, 0, 7, NO_ERROR, At(&fpu_at));
-    cpu::set_cr0(cr0);
+    let with = |what: &str, run: Snippet, cr0: u64, vector: u64, at: &[u64; 2]| {
+        expect(what, trap::catch_with(run, 0, cr0), vector, NO_ERROR, At(at), None, false);
+    };
+    with("#NM x87 with CR0.TS", fpu, cr0 | 8, 7, &fpu_at);
+    with("#NM SSE with CR0.TS", sse, cr0 | 8, 7, &sse_at);
+    with("#UD SSE with CR0.EM", sse, cr0 | 4, 6, &sse_at);
+    with("#NM x87 with CR0.EM", fpu, cr0 | 4, 7, &fpu_at);
     let cr4 = cpu::cr4();
-    cpu::set_cr4(cr4 & !0x200);
-    kernel("#UD SSE without CR4.OSFXSR", sse, 0, 6, NO_ERROR, At(&sse_at));
+    let t = catch(sse_off, cr4 & !0x200);
     cpu::set_cr4(cr4);
+    expect("#UD SSE without CR4.OSFXSR", t, 6, NO_ERROR, At(&sse_off_at), None, false);
 }
 
 fn general_protection() {
