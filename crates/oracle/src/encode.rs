@@ -177,7 +177,7 @@ fn modrm(rng: &mut Rng, info: &OpCodeInfo, plan: &Plan, memory: bool, address16:
             out.bytes.push(mode << 6 | reg << 3 | base & 7);
         }
         match mode {
-            1 => out.bytes.push(rng.next() as u8),
+            1 => out.bytes.push(rng.any() as u8),
             2 => out.bytes.extend(small(rng)),
             _ => {}
         }
@@ -188,8 +188,8 @@ fn modrm(rng: &mut Rng, info: &OpCodeInfo, plan: &Plan, memory: bool, address16:
         let rm = rng.below(8) as u8;
         out.bytes.push(mode << 6 | reg << 3 | rm);
         match (mode, rm) {
-            (1, _) => out.bytes.push(rng.next() as u8),
-            (2, _) | (0, 6) => out.bytes.extend((rng.next() as u16).to_le_bytes()),
+            (1, _) => out.bytes.push(rng.any() as u8),
+            (2, _) | (0, 6) => out.bytes.extend((rng.any() as u16).to_le_bytes()),
             _ => {}
         }
         return out;
@@ -203,8 +203,8 @@ fn modrm(rng: &mut Rng, info: &OpCodeInfo, plan: &Plan, memory: bool, address16:
     }
     match mode {
         0 if base == 5 => out.bytes.extend(small(rng)),
-        1 => out.bytes.push(rng.next() as u8),
-        2 if rng.chance(20) => out.bytes.extend((rng.next() as u32).to_le_bytes()),
+        1 => out.bytes.push(rng.any() as u8),
+        2 if rng.chance(20) => out.bytes.extend((rng.any() as u32).to_le_bytes()),
         2 => out.bytes.extend(small(rng)),
         _ => {}
     }
@@ -220,10 +220,11 @@ fn immediate(rng: &mut Rng, info: &OpCodeInfo, plan: &Plan, out: &mut Vec<u8>) {
             K::imm16 => out.extend((value as u16).to_le_bytes()),
             K::imm32 | K::imm32sex64 => out.extend((value as u32).to_le_bytes()),
             K::imm64 => out.extend(value.to_le_bytes()),
-            K::mem_offs if plan.bitness == 64 => out.extend((rng.next() & 0xff).to_le_bytes()),
-            K::mem_offs => out.extend((rng.next() as u32 & 0xff).to_le_bytes()),
+            K::mem_offs if plan.bitness == 64 => out.extend((rng.any() & 0xff).to_le_bytes()),
+            K::mem_offs => out.extend((rng.any() as u32 & 0xff).to_le_bytes()),
             K::xmm_is4 | K::ymm_is4 | K::xmm_is5 | K::ymm_is5 => is4 = Some((value as u8) & 0xf0),
             K::imm4_m2z => is4 = is4.map(|byte| byte | (value as u8 & 15)),
+            K::br16_2 => out.extend((value as u16).to_le_bytes()),
             K::br16_1 | K::br32_1 | K::br64_1 => out.push(value as u8),
             K::br32_4 | K::br64_4 => out.extend((rng.below(0x100) as i32 - 0x80).to_le_bytes()),
             _ => {}
@@ -384,10 +385,10 @@ fn legacy_prefixes(rng: &mut Rng, info: &OpCodeInfo, plan: &Plan, memory: bool, 
 pub fn encode(rng: &mut Rng, code: Code, plan: &Plan) -> Option<(Vec<u8>, Instruction)> {
     for _ in 0..24 {
         let bytes = attempt(rng, code, plan);
-        if let Some(instruction) = decode(&bytes, plan.bitness, plan.address) {
-            if instruction.code() == code {
-                return Some((bytes, instruction));
-            }
+        if let Some(instruction) = decode(&bytes, plan.bitness, plan.address)
+            && instruction.code() == code
+        {
+            return Some((bytes, instruction));
         }
     }
     None

@@ -104,7 +104,7 @@ impl Generator {
             match self.rng.below(6) {
                 0 => part.fill(0),
                 1 => {
-                    let byte = self.rng.next() as u8;
+                    let byte = self.rng.any() as u8;
                     part.fill(byte);
                 }
                 _ => {
@@ -143,7 +143,7 @@ impl Generator {
         for gpr in &mut state.gpr {
             *gpr = rng.integer();
         }
-        state.rflags = 0x202 | rng.next() & rflags::ARITH;
+        state.rflags = 0x202 | rng.any() & rflags::ARITH;
         if rng.chance(20) {
             state.rflags |= rflags::DF;
         }
@@ -170,7 +170,7 @@ impl Generator {
         let control =
             if rng.chance(85) { 0x7f } else { 0x40 | rng.below(64) as u16 } | (rng.below(16) << 8) as u16;
         let mut status =
-            (rng.next() & 0x7f7f) as u16 & if rng.chance(90) { 0x7f00 | control & 0x3f } else { 0xffff };
+            (rng.any() & 0x7f7f) as u16 & if rng.chance(90) { 0x7f00 | control & 0x3f } else { 0xffff };
         if rng.chance(50) {
             status &= 0x4700;
         }
@@ -183,19 +183,19 @@ impl Generator {
         image[4] = match rng.below(3) {
             0 => 0xff,
             1 => 0,
-            _ => rng.next() as u8,
+            _ => rng.any() as u8,
         };
         let mxcsr = if rng.chance(85) { 0x1f80 } else { (rng.below(64) << 7) as u32 };
         let mxcsr = mxcsr
             | (rng.below(4) << 13) as u32
             | (rng.below(64) as u32 & if rng.chance(70) { 0 } else { 63 });
-        let mode = if rng.chance(15) { rng.next() as u32 & 0x8040 } else { 0 };
+        let mode = if rng.chance(15) { rng.any() as u32 & 0x8040 } else { 0 };
         image[24..28].copy_from_slice(&(mxcsr | mode).to_le_bytes());
         image[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
         for n in 0..8 {
             let at = 32 + n * 16;
             if rng.chance(40) {
-                let mantissa = (1 << 63) | rng.next() >> 1;
+                let mantissa = (1 << 63) | rng.any() >> 1;
                 image[at..at + 8].copy_from_slice(&mantissa.to_le_bytes());
                 let exponent = (0x3fff - 70 + rng.below(140)) as u16 | (rng.below(2) << 15) as u16;
                 image[at + 8..at + 10].copy_from_slice(&exponent.to_le_bytes());
@@ -240,7 +240,7 @@ impl Generator {
             95..96 => DATA + DATA_PAGES * 4096 + rng.below(4096),
             96..98 => READ_ONLY + rng.below(4096 - size.min(4096) + 1),
             98 => DATA - 1 - rng.below(size + 8),
-            _ => 0x4000_0000_0000_0000 | rng.next() >> 8,
+            _ => 0x4000_0000_0000_0000 | rng.any() >> 8,
         }
     }
 
@@ -257,7 +257,7 @@ impl Generator {
         let wanted = target.wrapping_sub(segment);
         let displacement = instruction.memory_displacement64();
         let rng = &mut self.rng;
-        let garbage = rng.next() << 32;
+        let garbage = rng.any() << 32;
         let mut put = |register: Register, value: u64| {
             state.gpr[number(register)] = if narrow { value & 0xffff_ffff | garbage } else { value };
         };
@@ -353,9 +353,9 @@ impl Generator {
         let stack = if rng.chance(85) { stack } else { stack + rng.below(8) };
         if instruction.is_stack_instruction() || matches!(instruction.mnemonic(), M::Leave | M::Enter) {
             state.gpr[4] = stack;
-            state.gpr[5] = if rng.chance(90) { DATA + 0x1800 + rng.below(0x800) } else { rng.next() };
+            state.gpr[5] = if rng.chance(90) { DATA + 0x1800 + rng.below(0x800) } else { rng.any() };
         }
-        let garbage = if self.options.bitness == 64 { 0 } else { rng.next() << 32 };
+        let garbage = if self.options.bitness == 64 { 0 } else { rng.any() << 32 };
         if instruction.is_string_instruction() {
             let count = match rng.below(12) {
                 0 => 0,
@@ -379,17 +379,17 @@ impl Generator {
             M::Xlatb => state.gpr[3] = DATA + 0x1000 + rng.below(0x1000),
             M::Div | M::Idiv if rng.chance(70) => {
                 state.gpr[2] = if rng.chance(70) { 0 } else { u64::MAX };
-                state.gpr[0] = if state.gpr[2] == 0 { rng.next() >> 1 } else { rng.next() | 1 << 63 };
+                state.gpr[0] = if state.gpr[2] == 0 { rng.any() >> 1 } else { rng.any() | 1 << 63 };
                 if rng.chance(30) {
                     state.gpr[0] &= 0x3fff;
                 }
             }
             M::Xsave | M::Xsave64 | M::Xrstor | M::Xrstor64 => {
-                state.gpr[0] = rng.next() & 7 & self.options.xcr0;
+                state.gpr[0] = rng.any() & 7 & self.options.xcr0;
                 state.gpr[2] = 0;
             }
             M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz if rng.chance(60) => {
-                state.gpr[1] = rng.below(3)
+                state.gpr[1] = rng.below(3);
             }
             _ => {}
         }
@@ -411,7 +411,7 @@ impl Generator {
                 }
                 M::Jmp | M::Call => state.gpr[number(register)] = landing(rng, instruction.ip()),
                 M::Wrfsbase | M::Wrgsbase | M::Ldmxcsr if rng.chance(70) => {
-                    state.gpr[number(register)] >>= 17
+                    state.gpr[number(register)] >>= 17;
                 }
                 _ => {}
             }
@@ -442,20 +442,20 @@ impl Generator {
             }
             M::Popf | M::Popfd | M::Popfq => {
                 // TF traps after the next instruction, which differs on the two sides; NT is the host kernel's.
-                put(stack, &(rng.next() & !(rflags::TF | rflags::NT | 0x8000)).to_le_bytes());
+                put(stack, &(rng.any() & !(rflags::TF | rflags::NT | 0x8000)).to_le_bytes());
             }
             M::Pop if instruction.op0_register().is_segment_register() => {
-                put(stack, &selector(rng).to_le_bytes())
+                put(stack, &selector(rng).to_le_bytes());
             }
             M::Mov if instruction.op0_register().is_segment_register() => {
-                put(at, &selector(rng).to_le_bytes())
+                put(at, &selector(rng).to_le_bytes());
             }
             M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss => {
                 let offset = instruction.memory_size().size() as u64;
                 put(at + offset.saturating_sub(2), &selector(rng).to_le_bytes()[..2]);
             }
             M::Ldmxcsr | M::Vldmxcsr if rng.chance(80) => {
-                put(at, &(rng.next() as u32 & 0xffff).to_le_bytes())
+                put(at, &(rng.any() as u32 & 0xffff).to_le_bytes());
             }
             M::Fxrstor | M::Fxrstor64 | M::Xrstor | M::Xrstor64 => {
                 let mut image = Box::new([0; XSAVE]);
@@ -464,7 +464,7 @@ impl Generator {
                 if rng.chance(10) {
                     image[26] = 1;
                 }
-                image[512] &= rng.next() as u8;
+                image[512] &= rng.any() as u8;
                 if rng.chance(10) {
                     let n = 513 + rng.below(63) as usize;
                     image[n] = 1;
@@ -495,7 +495,7 @@ fn selector(rng: &mut Rng) -> u64 {
 fn landing(rng: &mut Rng, ip: u64) -> u64 {
     match rng.below(20) {
         0 => DATA + DATA_PAGES * 4096 + rng.below(4096),
-        1 => 0x4000_0000_0000_0000 | rng.next() >> 8,
+        1 => 0x4000_0000_0000_0000 | rng.any() >> 8,
         _ => ip + 16 + rng.below(100),
     }
 }

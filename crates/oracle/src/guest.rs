@@ -283,12 +283,12 @@ fn build(memory: &GuestMemory) -> Result<(), GuestError> {
         put(KERNEL_PT + page * 8, page << 12 | PRESENT | WRITE | ACCESSED_DIRTY)?;
     }
     for page in 0..DATA_PAGES {
-        put(DATA_PT + page * 8, DATA_PHYSICAL + (page << 12) | table)?;
+        put(DATA_PT + page * 8, (DATA_PHYSICAL + (page << 12)) | table)?;
     }
     let page = (READ_ONLY - DATA) >> 12;
-    put(DATA_PT + page * 8, DATA_PHYSICAL + (page << 12) | PRESENT | USER | ACCESSED_DIRTY)?;
+    put(DATA_PT + page * 8, (DATA_PHYSICAL + (page << 12)) | PRESENT | USER | ACCESSED_DIRTY)?;
     for page in 0..CODE_BYTES as u64 / 4096 {
-        put(CODE_PT + page * 8, CODE_PHYSICAL + (page << 12) | PRESENT | USER | ACCESSED_DIRTY)?;
+        put(CODE_PT + page * 8, (CODE_PHYSICAL + (page << 12)) | PRESENT | USER | ACCESSED_DIRTY)?;
     }
     for (n, descriptor) in DESCRIPTORS.iter().enumerate() {
         put(GDT + n as u64 * 8, *descriptor)?;

@@ -434,6 +434,13 @@ impl Native {
     }
 }
 
+/// Whether `address` is mapped on the host's side alone.
+#[must_use]
+pub fn is_own(address: u64) -> bool {
+    (FRAME..FRAME + FRAME_BYTES as u64).contains(&address)
+        || (TRAMPOLINE..TRAMPOLINE + 4096).contains(&address)
+}
+
 /// Where this host keeps components 5, 6 and 7 in the standard format.
 #[must_use]
 pub fn wide_layout() -> WideLayout {

@@ -58,7 +58,7 @@ impl Rng {
     }
 
     /// Any 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn any(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -68,7 +68,7 @@ impl Rng {
 
     /// A number below `bound` (which is not zero).
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+        self.any() % bound
     }
 
     /// True in `percent` of all calls.
@@ -88,8 +88,8 @@ impl Rng {
             2 => self.pick(&EDGES).wrapping_neg(),
             3 => self.pick(&EDGES).wrapping_add(self.below(5)).wrapping_sub(2),
             4 => self.below(256),
-            5 => self.next() >> self.below(64),
-            _ => self.next(),
+            5 => self.any() >> self.below(64),
+            _ => self.any(),
         }
     }
 
@@ -104,10 +104,10 @@ impl Rng {
                     let (low, high) = (self.single(), self.single());
                     u64::from(low.to_bits()) | u64::from(high.to_bits()) << 32
                 }
-                4 => self.next() & 0x800f_ffff_800f_ffff >> self.below(8), // denormals of both sizes
-                5 => self.next() & 0x0101_0101_0101_0101u64.wrapping_mul(self.below(256)),
+                4 => self.any() & 0x800f_ffff_800f_ffff >> self.below(8), // denormals of both sizes
+                5 => self.any() & 0x0101_0101_0101_0101u64.wrapping_mul(self.below(256)),
                 6 => (self.below(65536) * 0x0001_0001_0001_0001).wrapping_add(self.below(7)),
-                _ => self.next(),
+                _ => self.any(),
             };
             let bytes = value.to_le_bytes();
             chunk.copy_from_slice(&bytes[..chunk.len()]);
@@ -118,14 +118,14 @@ impl Rng {
     pub fn double(&mut self) -> f64 {
         match self.below(4) {
             0 => self.pick(&FLOATS),
-            1 => self.next() as i64 as f64 / (1u64 << self.below(64)) as f64,
+            1 => self.any() as i64 as f64 / (1u64 << self.below(64)) as f64,
             2 => (self.below(2000) as f64 - 1000.0) / 8.0,
-            _ => f64::from_bits(self.next()),
+            _ => f64::from_bits(self.any()),
         }
     }
 
     /// A single likewise.
     pub fn single(&mut self) -> f32 {
-        if self.chance(25) { f32::from_bits(self.next() as u32) } else { self.double() as f32 }
+        if self.chance(25) { f32::from_bits(self.any() as u32) } else { self.double() as f32 }
     }
 }

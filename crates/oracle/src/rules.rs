@@ -1,8 +1,8 @@
 //! What is compared and what is not, each with its reason.
 
 use iced_x86::{
-    Code, CodeSize, CpuidFeature as C, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic as M,
-    Register,
+    Code, CodeSize, CpuidFeature as C, Decoder, DecoderOptions, EncodingKind, Instruction, MemorySize,
+    Mnemonic as M, Register,
 };
 use wardian_cpu::bits::rflags;
 use wardian_cpu::{CpuModel, Feature as F};
@@ -209,7 +209,10 @@ const EXCUSES: &[Excuse] = &[
     (
         "an alignment check (AC at CPL 3) of an instruction that the engine emulates; no system turns them on",
         |_, host, engine| {
-            host.state.rflags & rflags::AC != 0 && (host.fault.vector == 17) != (engine.fault.vector == 17)
+            let either = host.fault.vector == 17 || engine.fault.vector == 17;
+            host.state.rflags & rflags::AC != 0
+                && either
+                && (host.fault, host.rip) != (engine.fault, engine.rip)
         },
         |host, engine| *engine = host.clone(),
     ),
@@ -253,7 +256,9 @@ const EXCUSES: &[Excuse] = &[
     ),
     (
         "ENTER that faults: which of the pushes below the stack pointer were stored before",
-        |instruction, host, _| instruction.mnemonic() == M::Enter && matches!(host.fault.vector, 12 | 14),
+        |instruction, host, _| {
+            instruction.mnemonic() == M::Enter && matches!(host.fault.vector, 12 | 14 | 17)
+        },
         |host, engine| {
             engine.window.clone_from(&host.window);
             engine.fault.address = host.fault.address;
@@ -281,9 +286,39 @@ const EXCUSES: &[Excuse] = &[
     (
         "VCVTPS2PH to memory that faults: whether MXCSR has its exception flags already",
         |instruction, host, engine| {
-            instruction.mnemonic() == M::Vcvtps2ph && host.fault.vector == 14 && host.fault == engine.fault
+            instruction.mnemonic() == M::Vcvtps2ph
+                && matches!(host.fault.vector, 12..=14)
+                && host.fault == engine.fault
         },
         |host, engine| engine.state.xsave[24..28].copy_from_slice(&host.state.xsave[24..28]),
+    ),
+    (
+        "the guest's own tables are mapped at 10000h, nothing is on the host: P of the error code",
+        |_, host, engine| {
+            let there = (0x10000..0x20000).contains(&host.fault.address);
+            there && host.fault.vector == 14 && engine.fault.error == host.fault.error | 1
+        },
+        |host, engine| engine.fault.error = host.fault.error,
+    ),
+    (
+        "the host's frame and trampoline are mapped, nothing is there in the guest",
+        |_, _, engine| engine.fault.vector == 14 && crate::native::is_own(engine.fault.address),
+        |host, engine| *engine = host.clone(),
+    ),
+    (
+        "an 80-bit store that faults on its second page: whether the bytes on the first are stored before",
+        |instruction, host, engine| {
+            let wide = matches!(instruction.memory_size(), MemorySize::Float80 | MemorySize::Bcd);
+            wide && host.fault.vector == 14 && host.fault == engine.fault
+        },
+        |host, engine| engine.window.clone_from(&host.window),
+    ),
+    (
+        "BOUND whose lower bound is exceeded: whether the upper one is read",
+        |instruction, host, engine| {
+            instruction.mnemonic() == M::Bound && host.fault.vector == 5 && engine.fault.vector == 14
+        },
+        |host, engine| *engine = host.clone(),
     ),
     (
         "a store through CS in 32-bit code: types of flat segments are not checked",
@@ -312,6 +347,34 @@ fn zeroes_vectors(case: &Case) -> bool {
     Decoder::with_ip(case.bitness, &case.code, case.address, DecoderOptions::NONE)
         .iter()
         .any(|instruction| matches!(instruction.mnemonic(), M::Vzeroall | M::Vzeroupper))
+}
+
+/// A gather that faults leaves its mask and destination half done; the bits above their elements, which completion
+/// clears, are cleared at once or at the end.
+fn gather_above(instruction: &Instruction, host: &Outcome, engine: &mut Outcome) -> bool {
+    let (name, bytes) = (instruction.mnemonic(), instruction.op0_register().size());
+    let used = match name {
+        M::Vgatherqps | M::Vpgatherqd => instruction.memory_index().size() / 2,
+        M::Vgatherdps | M::Vgatherdpd | M::Vgatherqpd | M::Vpgatherdd | M::Vpgatherdq | M::Vpgatherqq => {
+            bytes
+        }
+        _ => return false,
+    };
+    if !matches!(host.fault.vector, 12..=14) || host.fault != engine.fault {
+        return false;
+    }
+    for register in [instruction.op0_register(), instruction.op2_register()] {
+        let n = register.number();
+        if n >= 16 || !register.is_vector_register() {
+            continue;
+        }
+        for (from, len) in
+            [(160 + n * 16 + used.min(16), 16 - used.min(16)), (576 + n * 16, if used > 16 { 0 } else { 16 })]
+        {
+            engine.state.xsave[from..from + len].copy_from_slice(&host.state.xsave[from..from + len]);
+        }
+    }
+    true
 }
 
 /// An x87 store, which an unmasked exception of its own makes void.
@@ -370,6 +433,9 @@ pub fn excuse(case: &Case, host: &Outcome, engine: &mut Outcome) -> Option<&'sta
             remove(host, engine);
             reason = Some(*why);
         }
+    }
+    if gather_above(&instruction, host, engine) {
+        reason = Some("a gather that faults: the bits of mask and destination above their elements");
     }
     reason
 }
