@@ -1,6 +1,6 @@
 //! The host's side that outlives a reset: outputs, the terminal, signals.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
 
 use wardian_backend::{Event, EventLoop, Next, Output, Terminal};
 
@@ -68,6 +68,30 @@ impl Outputs {
     }
 }
 
+/// The machines of this process that run.
+static RUNNING: Mutex<Vec<Weak<Ending>>> = Mutex::new(Vec::new());
+
+/// From now on a panic in any thread, devices' workers and the event loop included, ends `ending`'s machine.
+fn watch_panics(ending: &Arc<Ending>) {
+    static ONCE: Once = Once::new();
+    let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+    running.retain(|other| other.strong_count() > 0);
+    running.push(Arc::downgrade(ending));
+    drop(running);
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            before(info);
+            let thread = std::thread::current().name().unwrap_or("without a name").to_owned();
+            let text = info.payload_as_str().unwrap_or("no message").to_owned();
+            let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+            for ending in running.iter().filter_map(Weak::upgrade) {
+                ending.request(End::Panic(thread.clone(), text.clone()));
+            }
+        }));
+    });
+}
+
 /// Standard input and signals, while the machine runs. Dropping it gives the terminal back.
 pub(crate) struct Attached {
     // Dropped first: raw mode ends even if the loop hangs in a handler.
@@ -83,6 +107,7 @@ impl Attached {
         ending: &Arc<Ending>,
     ) -> Result<Attached, MachineError> {
         let host = |what: &'static str| move |source| MachineError::Host { what, source: Box::new(source) };
+        watch_panics(ending);
         let events = EventLoop::start().map_err(host("an event loop"))?;
         let signal = Arc::new(Event::new().map_err(host("an event"))?);
         // Only the first machine of a process minds signals: there is one handler.
@@ -104,5 +129,26 @@ impl Attached {
             None
         };
         Ok(Attached { _terminal: terminal, _events: events })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::watch_panics;
+    use crate::ending::{End, Ending};
+
+    #[test]
+    fn a_panic_in_any_thread_ends_the_machine() {
+        let ending = Ending::new();
+        watch_panics(&ending);
+        let worker = std::thread::Builder::new().name("worker".into()).spawn(|| panic!("a worker's bug"));
+        assert!(worker.unwrap().join().is_err());
+        match ending.take() {
+            Some(End::Panic(thread, message)) => {
+                // Another test may panic on purpose at the same time.
+                assert!((thread == "worker" && message == "a worker's bug") || message == "scripted");
+            }
+            other => panic!("{other:?}"),
+        }
     }
 }
