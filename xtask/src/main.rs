@@ -6,9 +6,11 @@
 //! **API Boundary:** one module for each command; what several share is in [`run`].
 #![forbid(unsafe_code)]
 
+mod bench;
 mod guest;
 mod guests;
 mod run;
+mod stress;
 mod start;
 mod test;
 
@@ -25,10 +27,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Measure our machine beside QEMU's translator.
+    Bench(bench::Args),
     /// Make (once) a stock guest from this machine's own package archive.
     Guest(guest::Args),
     /// Build the bare-metal guests of guests/ into target/guests.
     Guests(guests::Args),
+    /// Do the same many times over, to find what fails only now and then.
+    Stress(stress::Args),
     /// Boot a stock guest to a shell on this terminal.
     Run(start::Args),
     /// Make what the tests need, then run all of them.
@@ -37,8 +43,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Bench(args) => bench::main(&args),
         Command::Guest(args) => guest::main(&args),
         Command::Guests(args) => guests::main(&args),
+        Command::Stress(args) => stress::main(&args),
         Command::Run(args) => start::main(&args),
         Command::Test(args) => test::main(&args),
     };

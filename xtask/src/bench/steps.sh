@@ -1,0 +1,160 @@
+#!/bin/bash
+# The steps of `cargo xtask bench boot`, in the order of the functions below: bash steps.sh NAME...
+# Runs in a guest or, for comparison, in a chroot of the same root. Each step prints what it computed, and
+# nothing that differs between machines: the host compares the sums. Its own clock goes out with the markers.
+mkdir -p /tmp/bench /root/bench
+cd /tmp/bench || exit 1
+
+# What the steps need, made before the first is timed.
+prepare() {
+    dd if=/usr/bin/python3 of=data bs=1M skip=1 count=2 2> /dev/null
+    for i in 1 2 3 4 5 6 7 8 9 10; do cat data; done > large
+    head -c 700000 data > part
+    cat > compute.py <<'PY'
+import hashlib, json, re
+words = {}
+for i in range(40000):
+    word = "w%d" % (i * 7919 % 5003)
+    words[word] = words.get(word, 0) + i
+top = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:2000]
+text = json.dumps(dict(top))
+assert json.loads(text) == dict(top)
+digits = re.findall(r'"(w\d+)": (\d+)', text)
+x = 0.5
+for i in range(150000):
+    x = 3.7 * x * (1 - x)
+print(len(digits), hashlib.sha256(text.encode()).hexdigest(), "%.12f" % x)
+PY
+    cat > program.c <<'C'
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <math.h>
+struct node { struct node *left, *right; unsigned key; };
+static struct node *insert(struct node *at, struct node *fresh) {
+    if (!at) return fresh;
+    if (fresh->key < at->key) at->left = insert(at->left, fresh);
+    else at->right = insert(at->right, fresh);
+    return at;
+}
+static unsigned depth(const struct node *at) {
+    if (!at) return 0;
+    unsigned l = depth(at->left), r = depth(at->right);
+    return 1 + (l > r ? l : r);
+}
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+int main(void) {
+    enum { N = 50000 };
+    struct node *root = NULL, *all = calloc(N, sizeof *all);
+    double *values = malloc(N * sizeof *values), sum = 0;
+    unsigned seed = 12345;
+    for (int i = 0; i < N; i++) {
+        seed = seed * 1664525u + 1013904223u;
+        all[i].key = seed;
+        root = insert(root, &all[i]);
+        values[i] = sqrt(seed) * 0.25;
+    }
+    qsort(values, N, sizeof *values, by_value);
+    for (int i = 0; i < N; i += 100) sum += values[i];
+    char text[64];
+    snprintf(text, sizeof text, "depth %u sum %.3f", depth(root), sum);
+    printf("%s (%zu)\n", text, strlen(text));
+    return 0;
+}
+C
+    cat > regex.pl <<'PL'
+my ($lines, $hits, $words) = (0, 0, 0);
+my $text = join("\n", map { sprintf("user%d\@host%d.example.org 10.%d.%d.7 GET /p/%d?q=%s", $_, $_ % 97, $_ % 256,
+    $_ * 7 % 256, $_, "x" x ($_ % 40)) } 1 .. 12000);
+for (split /\n/, $text) {
+    $lines++;
+    $hits++ if /^user(\d+)\@host(\d*[13579])\.example\.(?:org|com) (\d+)\.(\d+)\.\d+\.7 GET (\/[a-z]+\/\d+)\?q=(x{3,}|)$/;
+    $words += () = /\b[a-z]+\d*\b/g;
+    s/(\d+)\.(\d+)/$2.$1/g;
+}
+print "$lines $hits $words\n";
+PL
+    cat > loop.js <<'JS'
+const N = 300000, sieve = new Uint8Array(N + 1);
+let primes = 0;
+for (let i = 2; i <= N; i++) {
+    if (sieve[i]) continue;
+    primes++;
+    for (let j = i * 2; j <= N; j += i) sieve[j] = 1;
+}
+let hash = 0;
+const objects = [];
+for (let i = 0; i < 100000; i++) objects.push({ id: i, name: 'n' + (i % 1000), value: Math.sqrt(i) });
+for (const o of objects) hash = (Math.imul(hash, 31) + o.name.length + Math.floor(o.value)) | 0;
+const text = JSON.stringify(objects.slice(0, 5000));
+console.log(primes, hash, JSON.parse(text).length, text.length);
+JS
+}
+
+step_python3() { # python3: start, dictionaries, sorting, JSON, regex, floats
+    python3 compute.py
+}
+step_gcc() { # gcc -O2 of a small program, and a run of it
+    gcc -O2 -o program program.c -lm && ./program
+}
+step_start() { # ten python3 starts
+    for i in 1 2 3 4 5 6 7 8 9 10; do python3 -c "print($i)"; done
+}
+step_openssl() { # openssl: SHA-256 of 20 MB, AES-256-CTR of 20 MB
+    openssl dgst -sha256 -r large
+    openssl enc -aes-256-ctr -K 00 -iv 00 -in large 2> /dev/null | cksum
+}
+step_sqlite() { # sqlite3: 50,000 inserts, an index, queries
+    rm -f base.db
+    sqlite3 base.db "CREATE TABLE t(a INTEGER, b TEXT); BEGIN;
+        WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50000)
+        INSERT INTO t SELECT i * 7919 % 10007, 'text ' || i FROM n; COMMIT; CREATE INDEX ta ON t(a);
+        SELECT count(*), sum(a), max(b) FROM t WHERE a BETWEEN 100 AND 9000;
+        SELECT sum(length(b)) FROM t WHERE b LIKE '%9%';"
+}
+step_perl() { # perl: regular expressions over 12,000 lines
+    perl regex.pl
+}
+step_node() { # node: start and JIT-compiled loops
+    node loop.js
+}
+step_xz() { # xz -3 of 0.7 MB and back
+    xz -3 -T1 -c part > part.xz && xz -dc part.xz | cksum && cksum < part.xz
+}
+step_fork() { # 300 times fork, exec and wait
+    i=0
+    while [ $i -lt 300 ]; do
+        /bin/true
+        i=$((i + 1))
+    done
+    echo $i
+}
+step_shell() { # dash: 200,000 turns of a loop
+    sh -c 'i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done; echo $i'
+}
+step_syscall() { # dd: 300,000 system calls
+    dd if=/dev/zero of=/dev/null bs=1 count=150000 2> /dev/null
+    echo done
+}
+step_pipe() { # bytes through three processes by pipes
+    head -c 100000000 /dev/zero | tr '\0' 'a' | cksum
+}
+step_disk() { # root disk: 64 MB written and flushed, then read by direct I/O
+    dd if=/dev/zero of=/root/bench/disk bs=1M count=64 conv=fdatasync 2> /dev/null &&
+        dd if=/root/bench/disk of=/dev/null bs=64k iflag=direct 2> /dev/null && echo read
+    rm -f /root/bench/disk
+}
+
+prepare
+for name in "$@"; do
+    echo "WARDIAN-BEGIN $name $EPOCHREALTIME"
+    "step_$name" > out 2>&1
+    status=$?
+    echo "WARDIAN-END $name $EPOCHREALTIME $status"
+    read -r sum rest < <(cksum < out)
+    echo "WARDIAN-SUM $name $sum"
+    [ $status = 0 ] || cat out
+done
