@@ -76,7 +76,8 @@ pub enum Slow {
     Leave = 2,
 }
 
-fn is_canonical(linear: u64) -> bool {
+/// Whether `linear` is canonical for 48-bit linear addresses.
+pub fn is_canonical(linear: u64) -> bool {
     ((linear << 16) as i64 >> 16) as u64 == linear
 }
 
@@ -134,7 +135,7 @@ impl Core {
     /// As [`Core::linear`].
     pub fn operand_address(&mut self, insn: &Instruction, size: usize, write: bool) -> Result<u64> {
         let offset = self.operand_offset(insn);
-        let segment = segment_number(insn.memory_segment());
+        let segment = operand_segment(insn, self.is_64bit());
         self.linear(segment, offset, size, write)
     }
 
@@ -478,6 +479,19 @@ pub fn segment_number(register: Register) -> usize {
         Register::SS => seg::SS,
         Register::FS => seg::FS,
         Register::GS => seg::GS,
+        _ => seg::DS,
+    }
+}
+
+/// Segment register of `insn`'s memory operand. In 64-bit mode overrides other than FS and GS do not count
+/// (Intel SDM vol. 1, 3.7.4).
+pub fn operand_segment(insn: &Instruction, code64: bool) -> usize {
+    let segment = segment_number(insn.memory_segment());
+    if !code64 || segment >= seg::FS {
+        return segment;
+    }
+    match insn.memory_base() {
+        Register::RSP | Register::ESP | Register::RBP | Register::EBP => seg::SS,
         _ => seg::DS,
     }
 }

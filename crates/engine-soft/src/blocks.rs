@@ -29,6 +29,10 @@ pub struct Block {
     pub attention: u32,
     /// First offset after the hot code.
     pub end: u32,
+    /// Linear address of the last instruction.
+    pub last: u64,
+    /// What that adds to RSP if it is an indirect jump, call or return.
+    pub moved: i32,
     pub dead: bool,
     next_in_page: u32,
 }
@@ -175,6 +179,8 @@ impl Blocks {
             body: 0,
             attention: 0,
             end: 0,
+            last: linear,
+            moved: 0,
             dead: false,
             next_in_page: NONE,
         }

@@ -81,8 +81,8 @@ pub struct Ctx {
     pub ret: [u64; 2], // 240
     /// 0: XMM only, 1: YMM, 2: ZMM and mask registers are saved around helpers.
     pub vec_mode: u32, // 256
-    /// Explicit padding.
-    pub pad0: u32,
+    /// Number of the block whose indirect jump was taken last (64-bit code).
+    pub source: u32, // 260
     /// The owning [`crate::core::Core`].
     pub core: u64, // 264
     /// Vector registers while a helper runs.

@@ -264,7 +264,7 @@ impl CodeInfo {
             matches!(f, F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV)
         });
         // An instruction of a later extension may be unknown to the host.
-        out.may_fault = !plain || matches!(m, M::Div | M::Idiv | M::Cmpxchg16b);
+        out.may_fault = !plain || matches!(m, M::Div | M::Idiv | M::Cmpxchg16b | M::Wait);
         // Only when the first operand is a general register of 32 or 64 bits.
         out.first_write_only = insn.op_count() > 0
             && matches!(m, M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Movd | M::Movq | M::Rdrand | M::Rdseed)

@@ -43,6 +43,8 @@ pub fn slot(guest: u8) -> i32 {
 pub const FLAGS: i32 = disp(128);
 /// Displacement of the attention word.
 pub const ATTENTION: i32 = disp(132);
+/// Displacement of the number of the last block that jumped indirectly.
+pub const SOURCE: i32 = disp(260);
 /// Displacement of a segment base.
 pub const fn seg_base(segment: usize) -> i32 {
     disp(144 + segment * 8)
@@ -249,6 +251,11 @@ impl<'a> Cursor<'a> {
         self.put(&[0x45, 0x0f, 0xb7, 0xf6]); // movzx r14d, r14w
         self.put(&[0x42, 0xff, 0xa4, 0xf5]); // jmp [rbp + r14*8 + table]
         self.put(&table.to_le_bytes());
+    }
+    /// `mov dword [rbp + source], block`.
+    pub fn note_source(&mut self, block: u32) {
+        self.put(&[0xc7, 0x45, SOURCE as u8]);
+        self.put(&block.to_le_bytes());
     }
     /// Jumps through a jump-cache slot known at translation time.
     pub fn jump_slot(&mut self, table: i32, slot: usize) {

@@ -14,6 +14,8 @@ use wardian_memory::CodeListener;
 pub const REQUESTS: u32 = 1;
 /// Attention bit: kicked from outside.
 pub const KICKED: u32 = 2;
+/// Attention bit: the vCPU itself wants to look at its interrupts again.
+pub const RECHECK: u32 = 4;
 
 /// What one vCPU asks of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

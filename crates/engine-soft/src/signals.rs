@@ -46,12 +46,30 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
                 regs[libc::REG_RIP as usize] = running.leave as i64;
                 return;
             }
+            if let Some(offset) = (*running.code).offset_of(host) {
+                report(signal, offset, (*running.code).bytes(offset, 15), &*running.ctx);
+            }
         }
     }
     // Not ours: die as without us, at the same place.
     let _ = info;
     // SAFETY: resets the disposition; the instruction faults again on return.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
+}
+
+/// Says what an unexpected host exception in translated code met: a bug of the translator. Allocates nothing.
+fn report(signal: i32, offset: u32, code: &[u8], ctx: &Ctx) {
+    use std::io::Write;
+    let mut text = [0u8; 256];
+    let mut out = std::io::Cursor::new(&mut text[..]);
+    let _ = write!(out, "wardian: signal {signal} in translated code at offset {offset:#x}, code");
+    for byte in code {
+        let _ = write!(out, " {byte:02x}");
+    }
+    let _ = writeln!(out, ", last known guest rip {:#x}", ctx.rip);
+    let len = out.position() as usize;
+    // SAFETY: writes initialized bytes to standard error.
+    unsafe { libc::write(2, text.as_ptr().cast(), len) };
 }
 
 /// Installs the handlers, once per process.

@@ -9,10 +9,10 @@
 //! may still read, and restored before an instruction that reads them. A target on the same page whose code
 //! overwrites all flags before reading any needs none (peek-ahead).
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register, RflagsBits};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M, OpKind, Register, RflagsBits};
 use wardian_memory::PAGE_SIZE;
 
-use crate::access::{Site, address_size, segment_number};
+use crate::access::{Site, address_size, is_canonical, operand_segment};
 use crate::blocks::{Block, BlockId, Blocks, Mark};
 use crate::code::{COLD_START, CODE_LEN, CodeMemory, MARGIN};
 use crate::core::{Core, seg};
@@ -110,6 +110,9 @@ struct Emit<'a> {
     cold_marks: Vec<Mark>,
     page_linear: u64,
     chainable: bool,
+    /// Number that the block will have.
+    id: BlockId,
+    moved: i32,
 }
 
 impl Translator {
@@ -256,6 +259,13 @@ impl Translator {
                     info.class = Class::Interpret;
                 }
                 adapt(&insn, &mut info, mode);
+                let direct = matches!(
+                    info.class,
+                    Class::JmpNear | Class::CallNear | Class::Jcc | Class::Loop | Class::Jrcxz
+                );
+                if direct && mode.code64() && !is_canonical(insn.near_branch_target()) {
+                    info.class = Class::Interpret;
+                }
             }
             let class = info.class;
             let mut op = Op {
@@ -375,6 +385,8 @@ impl Translator {
             cold_marks: Vec::new(),
             page_linear: block.linear & !0xfff,
             chainable: block.page2.is_none() && !mode.single(),
+            id: self.blocks.all.len() as BlockId,
+            moved: 0,
         };
         // Landing: is this the address that the jump wanted?
         block.landing = e.c.pos();
@@ -403,6 +415,8 @@ impl Translator {
             e.go(next, live);
         }
         block.end = e.c.pos();
+        block.moved = e.moved;
+        block.last = ops.last().map_or(linear, |op| mode.linear(op.insn.ip()));
         // Cold stubs.
         let cold_at = (self.cold + 15) & !15;
         let cold = std::mem::take(&mut e.cold);
@@ -567,7 +581,7 @@ impl Emit<'_> {
                 return true;
             }
             Class::Nothing => {
-                if insn.mnemonic() == iced_x86::Mnemonic::Pause {
+                if insn.mnemonic() == M::Pause {
                     self.c.put(&[0xf3, 0x90]);
                 }
             }
@@ -658,12 +672,12 @@ impl Emit<'_> {
                 self.c.store(scratch(0), T0);
                 self.push(op, rip, Next::Scratch, |e| e.pair_store_imm(insn.next_ip()));
                 self.c.load(T0, scratch(0));
-                self.go_indirect();
+                self.go_indirect(-8);
                 return true;
             }
             Class::JmpIndirect => {
                 self.branch_operand(op, source, rip);
-                self.go_indirect();
+                self.go_indirect(0);
                 return true;
             }
             Class::Ret => {
@@ -674,7 +688,7 @@ impl Emit<'_> {
                 self.check(0, rip, size, true, false, seg::SS, None);
                 self.pair_load(T0);
                 self.bump_sp(size as i32 + extra);
-                self.go_indirect();
+                self.go_indirect(size as i32 + extra);
                 return true;
             }
             Class::Native => self.native(op, source, rip, next),
@@ -691,12 +705,16 @@ impl Emit<'_> {
     }
 
     /// To the linear address in R13. Flags that are live must have been saved.
-    fn go_indirect(&mut self) {
+    fn go_indirect(&mut self, moved: i32) {
+        self.moved = moved;
         self.save_if(ALL_FLAGS);
         if self.mode.single() {
             let target = self.thunks.leave[Leave::Completed as usize];
             self.c.jmp(target);
         } else {
+            if self.mode.code64() {
+                self.c.note_source(self.id);
+            }
             self.c.jump_indirect(ctx::jumps(self.mode.view()));
         }
     }
@@ -870,7 +888,7 @@ impl Emit<'_> {
         let asize = address_size(insn, code64);
         let (base, index) = (insn.memory_base(), insn.memory_index());
         let disp = insn.memory_displacement64();
-        let segment = segment_number(insn.memory_segment());
+        let segment = operand_segment(insn, self.mode.code64());
         let add_base = linear && self.mode.based(segment);
         let wide = asize == 8 && wide_result;
         if base == Register::RIP || base == Register::EIP || (base == Register::None && index == Register::None) {
@@ -954,8 +972,9 @@ impl Emit<'_> {
     /// Address and probe of `op`'s memory operand.
     fn operand_check(&mut self, op: &Op, rip: u64, size: usize, read: bool, write: bool, live: u32) -> usize {
         let insn = &op.insn;
-        let segment = segment_number(insn.memory_segment());
-        let flat = self.mode.flat(segment);
+        let segment = operand_segment(insn, self.mode.code64());
+        // A store through CS must fault.
+        let flat = self.mode.flat(segment) && !(write && segment == seg::CS && !self.mode.code64());
         // The address is computed before the flags are saved: that needs R14, this R13 and R14.
         self.clobber(live);
         self.address(insn, T0, flat, true);
@@ -985,6 +1004,8 @@ impl Emit<'_> {
                     raw.opcode = 0xff;
                     raw.modrm = Some(0xc0 | dec << 3 | r);
                 }
+                // An alias that 64-bit mode dropped.
+                0x82 => raw.opcode = 0x80,
                 0xa0..=0xa3 => {
                     // MOV with a plain offset: the forms with ModRM.
                     raw.opcode = [0x8a, 0x8b, 0x88, 0x89][(raw.opcode & 3) as usize];
@@ -1210,6 +1231,14 @@ impl Emit<'_> {
         }
         self.c.put(&out[..n]);
         let imm = &source.bytes[op.start + raw.imm..op.start + op.insn.len()];
+        if !self.mode.code64()
+            && let [selector] = imm
+            && matches!(op.insn.mnemonic(), M::Vblendvps | M::Vblendvpd | M::Vpblendvb)
+        {
+            // Outside 64-bit mode the top bit of a register in an immediate does not count.
+            self.c.put(&[selector & 0x7f]);
+            return;
+        }
         self.c.put(imm);
     }
 }

@@ -17,7 +17,7 @@ use crate::core::Core;
 use crate::ctx::{Leave, RBP_BIAS, VIEWS};
 use crate::decode::CodeTable;
 use crate::mode::Mode;
-use crate::shared::{KICKED, Mailbox, REQUESTS, Request, Shared};
+use crate::shared::{KICKED, Mailbox, RECHECK, REQUESTS, Request, Shared};
 use crate::signals::{self, Running};
 use crate::sys::{self, Event};
 use crate::translate::{Translator, gated};
@@ -41,9 +41,13 @@ pub struct SoftVcpu {
     asked: bool,
     kicked: bool,
     debug: DebugRequest,
+    /// Addresses that no block may run into: breakpoints of the debugger and of DR0-DR3.
+    stops: Vec<u64>,
     /// A breakpoint address that was reported and is to be stepped over.
     pass: Option<u64>,
     table: CodeTable,
+    /// The instruction interpreted last may have loaded SS.
+    loads_ss: bool,
     delay: Option<RunDelay>,
     /// Run delay that the guest has been told of.
     told: Nanos,
@@ -69,8 +73,10 @@ impl SoftVcpu {
             asked: false,
             kicked: false,
             debug: DebugRequest::default(),
+            stops: Vec::new(),
             pass: None,
             table: CodeTable::new(),
+            loads_ss: false,
             delay: None,
             told: Nanos(0),
             refreshed: Nanos(0),
@@ -178,6 +184,7 @@ impl SoftVcpu {
                 self.view_mode[view] = self.mode;
                 self.core.mmu.drop_jumps(&mut self.core.ctx);
             }
+            self.update_stops();
             self.core.ctx.get_mut().vec_mode = u32::from(self.core.sys.xcr0 & 4 != 0);
         }
         let linear = self.core.c().rip;
@@ -203,7 +210,41 @@ impl SoftVcpu {
             self.translator.clear();
             self.core.mmu.drop_jumps(&mut self.core.ctx);
         }
-        self.translator.translate(&mut self.core, linear, self.mode, &self.debug.breakpoints)
+        self.translator.translate(&mut self.core, linear, self.mode, &self.stops)
+    }
+
+    /// Collects the breakpoints; no translation may run into a new one.
+    fn update_stops(&mut self) {
+        let guest = (0..4).filter_map(|n| sys::control::code_breakpoint(&self.core, n));
+        let unchanged = self.stops.iter().copied().eq(self.debug.breakpoints.iter().copied().chain(guest.clone()));
+        if !unchanged {
+            self.stops = self.debug.breakpoints.iter().copied().chain(guest).collect();
+            self.translator.clear();
+            self.core.mmu.drop_jumps(&mut self.core.ctx);
+        }
+    }
+
+    /// Whether a breakpoint stops the instruction at RIP.
+    fn breakpoint(&mut self) -> Option<Option<Exit>> {
+        let rip = self.core.c().rip;
+        let resume = self.core.c().rflags & rflags::RF != 0;
+        if resume {
+            self.core.ctx.get_mut().rflags &= !rflags::RF;
+        }
+        if self.stops.is_empty() || !self.stops.contains(&rip) || self.pass == Some(rip) {
+            return None;
+        }
+        self.pass = Some(rip);
+        if self.debug.breakpoints.contains(&rip) {
+            return Some(Some(Exit::Debug(DebugEvent::Breakpoint(rip))));
+        }
+        if resume {
+            return None;
+        }
+        let hit = (0..4).filter(|n| sys::control::code_breakpoint(&self.core, *n) == Some(rip));
+        let dr6 = hit.fold(0, |bits, n| bits | 1 << n);
+        self.pass = None;
+        Some(self.settle(Err(Trap::db(dr6))))
     }
 
     fn enter(&mut self, offset: u32) {
@@ -263,6 +304,7 @@ impl SoftVcpu {
         self.core.counters.interpreted += 1;
         self.core.journal_used = 0;
         let insn = self.decode()?;
+        self.loads_ss = matches!(insn.mnemonic(), iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Pop | iced_x86::Mnemonic::Lss);
         sys::interpret(&mut self.core, &insn)
     }
 
@@ -286,6 +328,17 @@ impl SoftVcpu {
             }
             Err(Trap::TripleFault) => Some(self.shutdown()),
         }
+    }
+
+    /// An indirect jump to an address that is not canonical faults as itself, not at its target.
+    fn wild_jump(&mut self) -> Option<Exit> {
+        let source = self.core.c().source as usize;
+        if let Some(block) = self.translator.blocks.all.get(source) {
+            let rsp = self.core.gpr(CpuState::RSP).wrapping_sub(i64::from(block.moved) as u64);
+            self.core.ctx.get_mut().rip = block.last;
+            self.core.set_gpr(CpuState::RSP, rsp);
+        }
+        self.settle(Err(Trap::gp(0)))
     }
 
     fn shutdown(&mut self) -> Exit {
@@ -319,8 +372,8 @@ impl SoftVcpu {
                 continue;
             }
             let resuming = !self.core.journal.is_empty();
-            self.attention();
             if !resuming {
+                self.attention();
                 if self.events().is_err() {
                     return self.shutdown();
                 }
@@ -332,10 +385,13 @@ impl SoftVcpu {
                     Activity::Halted | Activity::WaitForSipi => return Exit::Halt,
                     Activity::Shutdown => return Exit::Shutdown,
                 }
-                let rip = self.core.c().rip;
-                if self.debug.breakpoints.contains(&rip) && self.pass != Some(rip) {
-                    self.pass = Some(rip);
-                    return Exit::Debug(DebugEvent::Breakpoint(rip));
+                if self.core.mode_dirty {
+                    self.update_stops();
+                }
+                match self.breakpoint() {
+                    None => {}
+                    Some(None) => continue,
+                    Some(exit) => return exit.unwrap_or(Exit::Interrupted),
                 }
             }
             if let Some(exit) = self.step(resuming) {
@@ -351,6 +407,10 @@ impl SoftVcpu {
             Err(trap) => return self.settle(Err(trap)),
         };
         let shadow = std::mem::take(&mut self.core.sys.interrupt_shadow);
+        if shadow && self.core.irq.pending().any() {
+            // What the shadow holds off is due at the next block head.
+            self.core.c().attention.fetch_or(RECHECK, Ordering::AcqRel);
+        }
         let mut first = resuming || shadow || self.pass.take().is_some();
         loop {
             let tf = self.core.c().rflags & rflags::TF != 0;
@@ -366,8 +426,11 @@ impl SoftVcpu {
                     if ctx.attention.load(Ordering::Acquire) != 0 {
                         return None;
                     }
-                    if !self.debug.breakpoints.is_empty() && self.debug.breakpoints.contains(&ctx.rip) {
+                    if !self.stops.is_empty() && self.stops.contains(&rip) {
                         return None;
+                    }
+                    if self.mode.code64() && !crate::access::is_canonical(rip) {
+                        return self.wild_jump();
                     }
                     let flushes = self.core.counters.cache_flushes;
                     id = match self.block() {
@@ -380,12 +443,12 @@ impl SoftVcpu {
                         let (linear, crosses) = (block.linear, block.page2.is_some());
                         let view = self.mode.view();
                         let global = self.core.fetch_page(linear).is_ok_and(|f| f.global) && !crosses;
-                        if !crosses && self.debug.breakpoints.is_empty() {
+                        if !crosses && self.stops.is_empty() {
                             self.core.mmu.set_jump(&mut self.core.ctx, view, linear, landing, global);
                         }
                     } else if flushes == self.core.counters.cache_flushes
                         && block.page2.is_none()
-                        && self.debug.breakpoints.is_empty()
+                        && self.stops.is_empty()
                     {
                         let head = block.head;
                         self.translator.code.patch(arg, head);
@@ -409,7 +472,8 @@ impl SoftVcpu {
                         return Some(exit);
                     }
                     if done && (single || self.core.watch_hit != 0) {
-                        return self.completed(tf && single);
+                        let held = self.core.sys.interrupt_shadow && self.loads_ss;
+                        return self.completed(tf && single && !held);
                     }
                     return None;
                 }
@@ -503,13 +567,8 @@ impl Vcpu for SoftVcpu {
         if self.debug == *request {
             return;
         }
-        let changed_stops = self.debug.breakpoints != request.breakpoints;
         self.debug = request.clone();
         self.pass = None;
-        if changed_stops {
-            self.translator.clear();
-            self.core.mmu.drop_jumps(&mut self.core.ctx);
-        }
         self.core.set_debug_watch(&request.watchpoints);
         self.core.mode_dirty = true;
     }

@@ -336,6 +336,13 @@ pub(crate) fn data_breakpoint(core: &Core, n: usize) -> (u64, u64, bool, bool) {
     }
 }
 
+/// The address of instruction breakpoint `n`, if it is one.
+pub(crate) fn code_breakpoint(core: &Core, n: usize) -> Option<u64> {
+    let dr7 = core.sys.dr7;
+    let enabled = dr7 >> (2 * n) & 3 != 0;
+    (enabled && dr7 >> (16 + 4 * n) & 15 == 0).then(|| core.sys.dr[n])
+}
+
 /// Recomputes [`Core::watch`] from DR0-DR3 and DR7: its first four entries are theirs (empty ones watch nothing),
 /// the debugger's follow.
 pub(crate) fn update_watch(core: &mut Core) {

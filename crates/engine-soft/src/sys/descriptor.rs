@@ -483,7 +483,14 @@ pub(crate) fn arpl(core: &mut Core, insn: &Instruction) -> Result<()> {
     let from = register(core, insn.op1_register()) as u16;
     let raise = to & 3 < from & 3;
     if raise {
-        store_word(core, insn, u64::from(to & !3 | from & 3))?;
+        let adjusted = to & !3 | from & 3;
+        if insn.op0_kind() == OpKind::Register {
+            // The word alone changes, whatever the operand size.
+            let index = insn.op0_register().number();
+            core.set_gpr(index, core.gpr(index) & !0xffff | u64::from(adjusted));
+        } else {
+            store_word(core, insn, u64::from(adjusted))?;
+        }
     }
     set_zf(core, raise);
     advance(core, insn);

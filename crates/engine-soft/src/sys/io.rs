@@ -100,11 +100,11 @@ fn string(core: &mut Core, insn: &Instruction, input: bool, port: u16, size: usi
     let mask = size_mask(address);
     let repeated = insn.has_rep_prefix() || insn.has_repne_prefix();
     let left = if repeated { core.gpr(RCX) & mask } else { 1 };
+    permitted(core, port, size)?; // even when nothing is left to do
     if left == 0 {
         advance(core, insn);
         return Ok(());
     }
-    permitted(core, port, size)?;
     if input {
         let offset = core.gpr(RDI) & mask;
         let linear = core.linear(seg::ES, offset, size, true)?;

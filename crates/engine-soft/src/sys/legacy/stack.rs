@@ -190,7 +190,9 @@ fn enter(core: &mut Core, insn: &Instruction, size: usize) -> Result<()> {
         let last = slot(core, end, size, true)?;
         probe(core, last, size)?;
     }
-    set_sized(core, RBP, stack_size(core), frame);
+    // A 16-bit ENTER writes BP alone.
+    let written = if size == 2 { 2 } else { stack_size(core) };
+    set_sized(core, RBP, written, frame);
     set_stack_pointer(core, end);
     Ok(())
 }
