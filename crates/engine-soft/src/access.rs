@@ -375,8 +375,9 @@ impl Core {
             }
             self.ctx.get_mut().ret = ret;
             if code || self.watch_hit != 0 {
-                self.commit = Some(Commit { len: size, gpa: [t.gpa, 0], first, bounce: None });
-                return Ok(if write { Slow::Commit } else { Slow::Hit });
+                // (In a watched mode reads, too, have what must follow a commit.)
+                self.commit = Some(Commit { len: if write { size } else { 0 }, gpa: [t.gpa, 0], first, bounce: None });
+                return Ok(Slow::Commit);
             }
             return Ok(Slow::Hit);
         }
@@ -402,6 +403,10 @@ impl Core {
         ctx.bounce.0[offset..offset + size].copy_from_slice(data);
         ctx.ret = [offset as u64, std::ptr::addr_of!(ctx.bounce) as u64];
         if !write {
+            if self.watch_hit != 0 {
+                self.commit = Some(Commit { len: 0, gpa, first: 0, bounce: None });
+                return Ok(Slow::Commit);
+            }
             return Ok(Slow::Hit);
         }
         self.commit = Some(Commit { len: size, gpa, first, bounce: Some(offset) });
@@ -412,9 +417,7 @@ impl Core {
     pub fn finish_write(&mut self) -> bool {
         let Some(commit) = self.commit.take() else { return false };
         match commit.bounce {
-            None => {
-                self.mem.stored(Gpa(commit.gpa[0]), commit.len);
-            }
+            None => self.mem.stored(Gpa(commit.gpa[0]), commit.len),
             Some(offset) => {
                 let mut data = [0u8; 512];
                 data[..commit.len]

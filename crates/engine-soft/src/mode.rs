@@ -23,6 +23,8 @@ const NO_SSE: u32 = 12;
 const NO_AVX: u32 = 13;
 const SINGLE: u32 = 14;
 const ALIGN: u32 = 15;
+const NO_WAIT: u32 = 16;
+const WATCHED: u32 = 17;
 
 impl Mode {
     /// The mode that `core` is in; `single`: one instruction at a time.
@@ -58,6 +60,8 @@ impl Mode {
         let rf = core.c().rflags;
         bits |= u32::from(single || rf & rflags::TF != 0) << SINGLE;
         bits |= u32::from(core.alignment_checked()) << ALIGN;
+        bits |= u32::from(sys.cr0 & cr0::TS != 0 && sys.cr0 & cr0::MP != 0) << NO_WAIT;
+        bits |= u32::from(!core.watch.is_empty()) << WATCHED;
         Mode { bits, cs_base: if code64 { 0 } else { core.c().seg_base[seg::CS] as u32 } }
     }
 
@@ -95,15 +99,24 @@ impl Mode {
     }
     /// Pushes, pops, calls and returns can be emitted.
     pub fn stack_native(self) -> bool {
-        self.code64() && !self.bit(ALIGN)
-            || (self.bitness() == 32 && self.bit(STACK32) && self.flat(seg::SS) && self.near_native())
+        !self.watched() && self.code64() && !self.bit(ALIGN)
+            || (!self.watched() && self.bitness() == 32 && self.bit(STACK32) && self.flat(seg::SS) && self.near_native())
     }
     /// Indirect near jumps can be emitted.
     pub fn near_native(self) -> bool {
-        self.code64() || (self.bitness() == 32 && self.cs_base == 0 && self.bit(FLAT + seg::CS as u32))
+        !self.watched()
+            && (self.code64() || (self.bitness() == 32 && self.cs_base == 0 && self.bit(FLAT + seg::CS as u32)))
     }
     pub fn fpu_off(self) -> bool {
         self.bit(NO_FPU)
+    }
+    /// FWAIT raises #NM.
+    pub fn wait_off(self) -> bool {
+        self.bit(NO_WAIT)
+    }
+    /// Some linear range is watched: a read, too, may have to stop after its instruction.
+    pub fn watched(self) -> bool {
+        self.bit(WATCHED)
     }
     pub fn sse_off(self) -> bool {
         self.bit(NO_SSE)

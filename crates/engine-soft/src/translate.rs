@@ -255,7 +255,8 @@ impl Translator {
                 info = CodeInfo { class: Class::Interpret, ..CodeInfo::default() };
             } else {
                 info = self.table.get(&insn);
-                if info.class != Class::Nothing && gated(info.unit, mode) {
+                let wait = insn.mnemonic() == M::Wait && mode.wait_off();
+                if wait || (info.class != Class::Nothing && gated(info.unit, mode)) {
                     info.class = Class::Interpret;
                 }
                 adapt(&insn, &mut info, mode);
@@ -1121,7 +1122,7 @@ impl Emit<'_> {
         if modifies {
             self.loc = Loc::Eflags;
         }
-        if info.mem_write
+        if (info.mem_write || self.mode.watched())
             && let Some(index) = index
         {
             self.finish(index, Next::Linear(next), op.live_after);

@@ -282,6 +282,9 @@ impl SoftVcpu {
             return Err(Trap::ud());
         }
         let info = self.table.get(&insn);
+        if insn.mnemonic() == iced_x86::Mnemonic::Wait && self.mode.wait_off() {
+            return Err(Trap::nm());
+        }
         if gated(info.unit, self.mode) {
             return Err(if self.mode.fpu_off() && !self.mode.sse_off() { Trap::nm() } else { self.gate_fault(info.unit) });
         }
@@ -488,7 +491,8 @@ impl SoftVcpu {
                     return self.settle(Err(trap));
                 }
                 l if l == Leave::HostFault as u32 => {
-                    return self.settle(Err(host_fault(arg)));
+                    let unmasked = self.core.sys.cr4 & wardian_cpu::bits::cr4::OSXMMEXCPT != 0;
+                    return self.settle(Err(host_fault(arg, unmasked)));
                 }
                 _ => return None,
             }
@@ -497,8 +501,10 @@ impl SoftVcpu {
 }
 
 /// The guest exception for host exception `vector`.
-fn host_fault(vector: u32) -> Trap {
+fn host_fault(vector: u32, xmm_exceptions: bool) -> Trap {
     match vector {
+        // An operating system that knows no #XM gets #UD.
+        19 if !xmm_exceptions => Trap::ud(),
         6 => Trap::ud(),
         13 => Trap::gp(0),
         other => Trap::vector(other as u8),

@@ -608,8 +608,9 @@ fn debug() {
     check("RF passes a code breakpoint", catch(quiet, 0).is_none());
     eq("hit once", 1, HITS.get());
     trap::handle(1, None);
-    cpu::set_dr7(0x400 | 1 << 13);
+    // DR6 first: general detect would stop that as well.
     clear();
+    cpu::set_dr7(0x400 | 1 << 13);
     kernel("#DB general detect", from_dr0, 0, 1, NO_ERROR, At(&from_dr0_at));
     eq("DR6.BD", 0x2000, dr6());
     cpu::set_dr7(0x400);

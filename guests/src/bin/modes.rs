@@ -47,7 +47,7 @@ snippet32!(c_jump_limit, c_jump_limit_at, "", ".byte 0xea; .long 0x1000; .word 0
 snippet32!(c_ud, c_ud_at, "", "ud2");
 snippet32!(c_int, c_int_at, "", "int 0x41");
 snippet32!(c_pf, c_pf_at, "", "mov eax, [edi]");
-snippet32!(c_wrap, c_wrap_at, "mov ebx, -16", "mov eax, [ebx + SEEN + 16]");
+snippet32!(c_wrap, c_wrap_at, "mov ebx, 0x10; mov ds, ebx; mov ebx, -16", "mov eax, [ebx + SEEN + 16]");
 
 user32!(u_done, u_done_at, "mov ecx, esp; push 7; sub ecx, esp", "nop");
 user32!(u_hlt, u_hlt_at, "", "hlt");
