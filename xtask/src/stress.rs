@@ -80,7 +80,9 @@ pub fn main(args: &Args) -> Result<()> {
     let What::Boot(args) = &args.what;
     need(&[("e2fsck", "e2fsprogs")])?;
     let guest = vm::guest()?;
-    let vmm = Vmm::Wardian { program: vm::wardian(args.wardian.as_deref())?, args: args.wardian_arg.clone() };
+    let mut extra = vec!["--no-reboot".to_owned()];
+    extra.extend(args.wardian_arg.iter().cloned());
+    let vmm = Vmm::Wardian { program: vm::wardian(args.wardian.as_deref())?, args: extra };
     let logs = args.logs.clone().unwrap_or_else(|| {
         std::env::var_os("CARGO_TARGET_DIR")
             .map_or_else(|| repository().join("target"), PathBuf::from)
@@ -106,17 +108,20 @@ pub fn main(args: &Args) -> Result<()> {
             kernel: guest.kernel.clone(),
             initrd: guest.initrd.clone(),
             disk: disk.clone(),
-            cmdline: format!("{} {}", guest.cmdline, vm::run_parameter(&script)),
+            // A panic ends the machine at once: as a reset.
+            cmdline: format!("{} panic=-1 {}", guest.cmdline, vm::run_parameter(&script)),
             memory: args.memory.clone(),
             cpus,
         };
         let mut boots = Times::default();
+        let mut fresh = true;
         for number in 1..=args.count {
             let ran = vm::run(&vmm, &machine, Duration::from_secs(args.limit), false)?;
             let mut faults = faults(&ran);
-            if args.disk && number > 1 && !ran.lines.iter().any(|line| line.text.contains(SAME)) {
+            if args.disk && !fresh && !ran.lines.iter().any(|line| line.text.contains(SAME)) {
                 faults.push("the files of the last boot are gone or differ".to_owned());
             }
+            fresh = false;
             let boot = ran.lines.iter().find(|line| line.text.contains("WARDIAN-INIT")).map(|line| line.at);
             boots.boot.extend(boot);
             boots.all.push(ran.took);
@@ -130,12 +135,13 @@ pub fn main(args: &Args) -> Result<()> {
             );
             if !faults.is_empty() {
                 failures += 1;
-                let file = logs.join(format!("{cpus}-cpus-{number}.log"));
+                let file = logs.join(format!("{cpus}-vcpus-boot-{number}.log"));
                 let told = faults.join("\n");
                 fs::write(&file, format!("{}\n--- faults\n{told}\n", ran.log()))?;
                 println!("{told}\nconsole: {}", file.display());
                 // The next boot does not start from what a failed one left.
                 vm::copy_disk(&guest.disk, &disk)?;
+                fresh = true;
             }
         }
         println!("{cpus} vCPUs: init {}; end {}", shown(&mut boots.boot), shown(&mut boots.all));
