@@ -379,7 +379,8 @@ fn xrstor(core: &mut Core, insn: &Instruction) -> Result<()> {
     let list = &list[..count];
     let end = list
         .iter()
-        .filter(|c| loaded >> c.number & 1 != 0)
+        // The standard form is looked at as far as it was asked for, as processors do.
+        .filter(|c| if compact { loaded } else { set } >> c.number & 1 != 0)
         .map(|c| c.start(compact) + c.len)
         .fold(EXTENDED, usize::max)
         .min(4096);
