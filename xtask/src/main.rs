@@ -10,8 +10,8 @@ mod bench;
 mod guest;
 mod guests;
 mod run;
-mod stress;
 mod start;
+mod stress;
 mod test;
 
 use std::process::ExitCode;
