@@ -741,12 +741,13 @@ fn double_faults() {
     check("#DF from the user: on IST 1", on_ist(&t));
     eq("#DF from the user: cs", sel::USER_CODE.into(), t.frame.cs);
     // SAFETY: as above.
-    unsafe { (*trap::TSS.ptr()).rsp[0] = 0x8000_0000_0000 };
+    unsafe { (*trap::TSS.ptr()).rsp[0] = 0x9000_0000_0000 };
     let t = user(quiet, 0);
     // SAFETY: as above.
     unsafe { (*trap::TSS.ptr()).rsp[0] = trap::stack_top(0) };
-    // #SS, whose own entry meets the same stack.
-    eq("#DF: non-canonical stack for the entry", 8, t.frame.vector);
+    // #SS has a stack of its own (IST 1).
+    eq("#SS: non-canonical stack for the entry", 12, t.frame.vector);
+    check("#SS: on IST 1", on_ist(&t));
     let t = user(quiet, 0);
     eq("entry from the user again", DONE, t.frame.vector);
     eq("entry from the user: top of stack", trap::stack_top(0) - 40, t.at);
