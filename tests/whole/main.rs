@@ -1,0 +1,21 @@
+//! Whole machines: stock kernels, real programs, disks, debuggers, terminals, and input that is refused.
+#![forbid(unsafe_code)]
+
+mod boots;
+mod disks;
+mod gdb;
+mod input;
+mod terminal;
+mod tiny;
+mod userland;
+
+/// The value, or the end of the test with the reason why it cannot run.
+macro_rules! or_skip {
+    ($result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(why) => return wardian_tests::skip(&why),
+        }
+    };
+}
+pub(crate) use or_skip;
