@@ -247,26 +247,14 @@ impl Translator {
                 return;
             }
             let insn = decoder.decode();
-            let mut info;
+            let info;
             if insn.is_invalid() {
                 if decoder.last_error() == DecoderError::NoMoreBytes && source.len - start < 15 {
                     return;
                 }
                 info = CodeInfo { class: Class::Interpret, ..CodeInfo::default() };
             } else {
-                info = self.table.get(&insn);
-                let wait = insn.mnemonic() == M::Wait && mode.wait_off();
-                if wait || (info.class != Class::Nothing && gated(info.unit, mode)) {
-                    info.class = Class::Interpret;
-                }
-                adapt(&insn, &mut info, mode);
-                let direct = matches!(
-                    info.class,
-                    Class::JmpNear | Class::CallNear | Class::Jcc | Class::Loop | Class::Jrcxz
-                );
-                if direct && mode.code64() && !is_canonical(insn.near_branch_target()) {
-                    info.class = Class::Interpret;
-                }
+                info = treatment(&mut self.table, &insn, mode);
             }
             let class = info.class;
             let mut op = Op {
@@ -466,6 +454,22 @@ pub fn gated(unit: Unit, mode: Mode) -> bool {
         Unit::Avx => mode.fpu_off() || mode.avx_off(),
         Unit::Evex => true,
     }
+}
+
+/// How `insn` is treated in `mode`: its attributes, with the class that the mode allows.
+pub fn treatment(table: &mut CodeTable, insn: &Instruction, mode: Mode) -> CodeInfo {
+    let mut info = table.get(insn);
+    let wait = insn.mnemonic() == M::Wait && mode.wait_off();
+    if wait || (info.class != Class::Nothing && gated(info.unit, mode)) {
+        info.class = Class::Interpret;
+    }
+    adapt(insn, &mut info, mode);
+    let direct =
+        matches!(info.class, Class::JmpNear | Class::CallNear | Class::Jcc | Class::Loop | Class::Jrcxz);
+    if direct && mode.code64() && !is_canonical(insn.near_branch_target()) {
+        info.class = Class::Interpret;
+    }
+    info
 }
 
 /// Takes back classes that the mode does not allow to be emitted.

@@ -15,12 +15,12 @@ use wardian_time::{Nanos, RunDelay, TimeBase};
 use crate::blocks::BlockId;
 use crate::core::Core;
 use crate::ctx::{Leave, RBP_BIAS, VIEWS};
-use crate::decode::CodeTable;
+use crate::decode::{Class, CodeTable};
 use crate::mode::Mode;
 use crate::shared::{KICKED, Mailbox, RECHECK, REQUESTS, Request, Shared};
 use crate::signals::{self, Running};
 use crate::sys::{self, Event};
-use crate::translate::{Translator, gated};
+use crate::translate::{Translator, gated, treatment};
 use crate::trap::{Result, Trap};
 use crate::{fpu, state};
 
@@ -307,6 +307,15 @@ impl SoftVcpu {
         self.core.counters.interpreted += 1;
         self.core.journal_used = 0;
         let insn = self.decode()?;
+        let class = treatment(&mut self.table, &insn, self.mode).class;
+        if !matches!(class, Class::Interpret | Class::Syscall | Class::Unknown) {
+            // Another vCPU has rewritten the instruction since it was translated (kernels do it by way of INT3): the
+            // translation is stale, and the word of it may still be on its way.
+            let linear = self.core.c().rip;
+            let page = self.core.fetch_page(linear)?.page as u32;
+            self.translator.invalidate(page, 1 << (linear >> 6 & 63));
+            return Ok(());
+        }
         self.loads_ss = matches!(insn.mnemonic(), iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Pop | iced_x86::Mnemonic::Lss);
         sys::interpret(&mut self.core, &insn)
     }
