@@ -26,10 +26,14 @@ pub struct Debian {
     kernel: PathBuf,
     initrd: PathBuf,
     root: String,
+    disks: Vec<String>,
     command_line: String,
-    /// Further options; their disks come behind the root disk, which the initrd expects as the first.
-    more: Vec<String>,
+    script: Option<String>,
+    run: Run,
 }
+
+/// The longest script that goes on the kernel command line; Linux takes 2047 bytes of that in all.
+const SHORT: usize = 1300;
 
 /// Makes (or finds made) a kernel and the root disk, and tells where they are.
 fn made(kernel: Kernel) -> &'static Result<serde_json::Value, String> {
@@ -74,7 +78,7 @@ impl Debian {
             disks: Vec::new(),
             script: None,
             command_line: "console=ttyS0 panic=-1".to_owned(),
-            more: Vec::new(),
+            run: Run::default().args(["--no-reboot"]),
         })
     }
 
@@ -114,7 +118,7 @@ impl Debian {
     /// Adds options.
     #[must_use]
     pub fn args(mut self, args: &[&str]) -> Debian {
-        self.more.extend(args.iter().map(|word| (*word).to_owned()));
+        self.run = self.run.args(args);
         self
     }
 
