@@ -126,7 +126,8 @@ impl GuestMemory {
     /// The address ranges that are RAM, ascending.
     #[must_use]
     pub fn ranges(&self) -> Vec<Range<u64>> {
-        let mut all = vec![0..self.low];
+        let mut all = Vec::with_capacity(2);
+        all.push(0..self.low);
         if self.high > 0 {
             all.push(HIGH_RAM_START..HIGH_RAM_START + self.high);
         }
