@@ -31,6 +31,13 @@ impl Site {
     pub fn rip(self) -> u64 {
         ((self.0 << 16) as i64 >> 16) as u64
     }
+    /// The same, of an instruction with a mask register: elements that are masked off do not fault.
+    pub fn with_mask(self) -> Site {
+        Site(self.0 | 1 << 62)
+    }
+    fn masked(self) -> bool {
+        self.bits() & 0x4000 != 0
+    }
     fn bits(self) -> u64 {
         self.0 >> 48
     }
@@ -62,6 +69,8 @@ pub struct Commit {
     first: usize,
     /// The data lies in the bounce buffer at this offset; `None`: it was written to RAM in place.
     bounce: Option<usize>,
+    /// The bytes that the instruction writes, if it is masked (then `len` is at most 64).
+    active: Option<u64>,
 }
 
 /// What the slow path decided.
@@ -342,6 +351,12 @@ impl Core {
     fn try_slow(&mut self, address: u64, site: Site) -> Result<Slow> {
         let size = site.size();
         let (read, write) = (site.read(), site.write());
+        if site.masked()
+            && let Some(active) = crate::evex::active_bytes(self, site.rip(), size)
+            && let Some(slow) = self.masked_slow(address, site, active)?
+        {
+            return Ok(slow);
+        }
         let linear = if site.checked() {
             self.linear(site.segment(), address, size, write)?
         } else {
@@ -376,7 +391,7 @@ impl Core {
             self.ctx.get_mut().ret = ret;
             if code || self.watch_hit != 0 {
                 // (In a watched mode reads, too, have what must follow a commit.)
-                self.commit = Some(Commit { len: if write { size } else { 0 }, gpa: [t.gpa, 0], first, bounce: None });
+                self.commit = Some(Commit { len: if write { size } else { 0 }, gpa: [t.gpa, 0], first, bounce: None, active: None });
                 return Ok(Slow::Commit);
             }
             return Ok(Slow::Hit);
@@ -404,13 +419,72 @@ impl Core {
         ctx.ret = [offset as u64, std::ptr::addr_of!(ctx.bounce) as u64];
         if !write {
             if self.watch_hit != 0 {
-                self.commit = Some(Commit { len: 0, gpa, first: 0, bounce: None });
+                self.commit = Some(Commit { len: 0, gpa, first: 0, bounce: None, active: None });
                 return Ok(Slow::Commit);
             }
             return Ok(Slow::Hit);
         }
-        self.commit = Some(Commit { len: size, gpa, first, bounce: Some(offset) });
+        self.commit = Some(Commit { len: size, gpa, first, bounce: Some(offset), active: None });
         Ok(Slow::Commit)
+    }
+
+    /// The slow path of an access whose bytes other than `active` do not exist; `None` when there is nothing special
+    /// about it. Within a page the fault is that of its first active byte.
+    fn masked_slow(&mut self, address: u64, site: Site, active: u64) -> Result<Option<Slow>> {
+        let (size, write) = (site.size(), site.write());
+        let offset = (address & 0xfff) as usize;
+        let nothing = |core: &mut Core| {
+            let ctx = core.ctx.get_mut();
+            ctx.ret = [offset as u64, std::ptr::addr_of!(ctx.bounce) as u64];
+            Ok(Some(Slow::Hit))
+        };
+        if active == 0 {
+            return nothing(self);
+        }
+        let (low, high) = (active.trailing_zeros() as usize, 63 - active.leading_zeros() as usize);
+        let begin = address.wrapping_add(low as u64);
+        let begin = if site.checked() {
+            self.linear(site.segment(), begin, high - low + 1, write)?
+        } else if self.is_64bit() && !(is_canonical(begin) && is_canonical(address.wrapping_add(high as u64))) {
+            return Err(Self::segment_fault(site.segment()));
+        } else {
+            begin
+        };
+        let linear = self.wrap(begin, low.wrapping_neg());
+        let offset = (linear & 0xfff) as usize;
+        let want = if write { Want::Write } else { Want::Read };
+        let first = size.min(4096 - offset);
+        let below = if first >= 64 { u64::MAX } else { (1 << first) - 1 };
+        let mut gpa = [0; 2];
+        for (n, part) in [active & below, active & !below].into_iter().enumerate() {
+            if part != 0 {
+                let skip = u64::from(part.trailing_zeros());
+                let t = self.walk(self.wrap(linear, skip as usize), want, Privilege::Current)?;
+                gpa[n] = t.gpa - skip + if n == 1 { first as u64 } else { 0 };
+            }
+        }
+        if first == size && self.mem.page(Gpa(gpa[0])).is_some() {
+            return Ok(None);
+        }
+        if !self.watch.is_empty() {
+            self.note_watch(begin, high - low + 1, write);
+        }
+        let mut data = [0u8; 64];
+        if site.read() && !write {
+            for run in runs(active, first) {
+                let at = if run.start < first { gpa[0] + run.start as u64 } else { gpa[1] + (run.start - first) as u64 };
+                self.physical_read(at, &mut data[run])?;
+            }
+        }
+        let ctx = self.ctx.get_mut();
+        ctx.bounce.0[offset..offset + size].copy_from_slice(&data[..size]);
+        ctx.ret = [offset as u64, std::ptr::addr_of!(ctx.bounce) as u64];
+        if !write && self.watch_hit == 0 {
+            return Ok(Some(Slow::Hit));
+        }
+        let active = if write { active } else { 0 };
+        self.commit = Some(Commit { len: size, gpa, first, bounce: Some(offset), active: Some(active) });
+        Ok(Some(Slow::Commit))
     }
 
     /// Finishes the write that [`Slow::Commit`] announced. Says whether translated code must be left.
@@ -422,12 +496,25 @@ impl Core {
                 let mut data = [0u8; 512];
                 data[..commit.len]
                     .copy_from_slice(&self.c().bounce.0[offset..offset + commit.len]);
+                if let Some(active) = commit.active {
+                    let (first, gpa) = (commit.first, commit.gpa);
+                    for run in runs(active, first) {
+                        let start = run.start;
+                        let at = if start < first { gpa[0] + start as u64 } else { gpa[1] + (start - first) as u64 };
+                        self.physical_write(at, &data[run]);
+                    }
+                    return self.must_leave();
+                }
                 self.physical_write(commit.gpa[0], &data[..commit.first]);
                 if commit.first < commit.len {
                     self.physical_write(commit.gpa[1], &data[commit.first..commit.len]);
                 }
             }
         }
+        self.must_leave()
+    }
+
+    fn must_leave(&self) -> bool {
         !self.out.is_empty()
             || self.watch_hit != 0
             || self.c().attention.load(std::sync::atomic::Ordering::Acquire) != 0
@@ -459,6 +546,21 @@ macro_rules! scalar_access {
     };
 }
 scalar_access!(read_u8 write_u8 u8, read_u16 write_u16 u16, read_u32 write_u32 u32, read_u64 write_u64 u64);
+
+/// The runs of set bits in `active`, split at bit `first`.
+fn runs(active: u64, first: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let left = if at < 64 { active >> at << at } else { 0 };
+        if left == 0 {
+            return None;
+        }
+        let start = left.trailing_zeros() as usize;
+        let end = (start + (left >> start).trailing_ones() as usize).min(64);
+        at = if start < first { end.min(first) } else { end };
+        Some(start..at)
+    })
+}
 
 /// The largest naturally aligned device access at `gpa` within `left` bytes.
 fn piece(gpa: u64, left: usize) -> usize {

@@ -79,12 +79,17 @@ pub struct Ctx {
     pub arg: u32, // 236
     /// What slow accesses hand back in R13 and R14.
     pub ret: [u64; 2], // 240
-    /// 0: XMM only, 1: YMM, 2: ZMM and mask registers are saved around helpers.
+    /// What vector registers 0-15 hold: 0: XMM, 1: YMM (all above, and above bit 255 of registers 16-31, is zero),
+    /// 2: ZMM. See [`crate::fpu`].
     pub vec_mode: u32, // 256
     /// Number of the block whose indirect jump was taken last (64-bit code).
     pub source: u32, // 260
     /// The owning [`crate::core::Core`].
     pub core: u64, // 264
+    /// Not zero: vector registers 16-31 and the mask registers are in the host's own; zero: they are here.
+    pub high_live: u32, // 272
+    /// Explicit padding: the vector registers are aligned.
+    pub pad0: [u32; 11],
     /// Vector registers while a helper runs.
     pub vec: [[u8; 64]; 32], // 320
     /// AVX-512 mask registers likewise.

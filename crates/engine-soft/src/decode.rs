@@ -80,6 +80,8 @@ pub struct CodeInfo {
     pub by_cl: bool,
     /// A 66h prefix belongs in the output in 16-bit code.
     pub wants_66: bool,
+    /// A 512-bit register is among the operands.
+    pub wide: bool,
 }
 
 fn interpreted(m: M) -> bool {
@@ -113,7 +115,8 @@ fn classify(insn: &Instruction) -> Class {
     let m = insn.mnemonic();
     let kind = |n: u32| if n < insn.op_count() { Some(insn.op_kind(n)) } else { None };
     let is_mem = |n: u32| kind(n) == Some(OpKind::Memory);
-    if op.encoding() == EncodingKind::EVEX || op.encoding() == EncodingKind::XOP {
+    let in_turn = (0..insn.op_count()).any(is_mem) && (insn.is_vsib() || crate::sys::evex_ops::packed(m).is_some());
+    if op.encoding() == EncodingKind::XOP || (op.encoding() == EncodingKind::EVEX && in_turn) {
         return Class::Interpret;
     }
     match m {
@@ -196,7 +199,16 @@ fn unit(insn: &Instruction) -> Unit {
             let integer = insn.cpuid_features().iter().all(|f| {
                 matches!(f, CpuidFeature::BMI1 | CpuidFeature::BMI2 | CpuidFeature::LZCNT | CpuidFeature::TBM)
             });
-            return if integer { Unit::Integer } else { Unit::Avx };
+            let masks = insn.cpuid_features().iter().any(|f| {
+                matches!(f, CpuidFeature::AVX512F | CpuidFeature::AVX512BW | CpuidFeature::AVX512DQ)
+            });
+            return if integer {
+                Unit::Integer
+            } else if masks {
+                Unit::Evex
+            } else {
+                Unit::Avx
+            };
         }
         EncodingKind::EVEX => return Unit::Evex,
         _ => {}
@@ -258,6 +270,7 @@ impl CodeInfo {
                 );
             }
         }
+        out.wide = (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_zmm());
         let m = insn.mnemonic();
         let plain = insn.cpuid_features().iter().all(|f| {
             use CpuidFeature as F;
@@ -315,6 +328,8 @@ pub struct Raw {
     pub has_rex: bool,
     /// VEX: pp, L, vvvv; legacy: none.
     pub vex: Option<(u8, u8, u8)>,
+    /// The three payload bytes of an EVEX prefix.
+    pub evex: Option<[u8; 3]>,
     /// Opcode map: 0 one-byte, 1 0F, 2 0F38, 3 0F3A.
     pub map: u8,
     pub opcode: u8,
@@ -379,6 +394,14 @@ impl Raw {
                 raw.opcode = at(n + 3);
                 n += 4;
             }
+            0x62 if vex(at(n + 1)) => {
+                let payload = [at(n + 1), at(n + 2), at(n + 3)];
+                raw.rex = (!payload[0] >> 5 & 7) | (payload[1] >> 7) << 3;
+                raw.evex = Some(payload);
+                raw.map = payload[0] & 7;
+                raw.opcode = at(n + 4);
+                n += 5;
+            }
             0x0f => match at(n + 1) {
                 0x38 => (raw.map, raw.opcode, n) = (2, at(n + 2), n + 3),
                 0x3a => (raw.map, raw.opcode, n) = (3, at(n + 2), n + 3),
@@ -386,11 +409,11 @@ impl Raw {
             },
             op => (raw.opcode, n) = (op, n + 1),
         }
-        if !code64 && raw.vex.is_some() {
+        if !code64 && (raw.vex.is_some() || raw.evex.is_some()) {
             raw.rex &= 8;
             raw.vex = raw.vex.map(|(pp, l, v)| (pp, l, v & 7));
         }
-        if has_modrm(raw.map, raw.opcode, raw.vex.is_some()) {
+        if raw.evex.is_some() || has_modrm(raw.map, raw.opcode, raw.vex.is_some()) {
             let modrm = at(n);
             raw.modrm = Some(modrm);
             n += 1;

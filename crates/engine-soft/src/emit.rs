@@ -45,6 +45,10 @@ pub const FLAGS: i32 = disp(128);
 pub const ATTENTION: i32 = disp(132);
 /// Displacement of the number of the last block that jumped indirectly.
 pub const SOURCE: i32 = disp(260);
+/// Displacement of the width of the vector registers.
+const VEC_MODE: i32 = disp(256);
+/// Displacement of whether the upper vector registers are live.
+const HIGH_LIVE: i32 = disp(272);
 /// Displacement of a segment base.
 pub const fn seg_base(segment: usize) -> i32 {
     disp(144 + segment * 8)
@@ -251,6 +255,19 @@ impl<'a> Cursor<'a> {
         self.put(&[0x45, 0x0f, 0xb7, 0xf6]); // movzx r14d, r14w
         self.put(&[0x42, 0xff, 0xa4, 0xf5]); // jmp [rbp + r14*8 + table]
         self.put(&table.to_le_bytes());
+    }
+    /// `mov dword [rbp + vec_mode], 2`.
+    pub fn widen(&mut self) {
+        self.put(&[0xc7, 0x45, VEC_MODE as u8, 2, 0, 0, 0]);
+    }
+    /// `cmp dword [rbp + high_live], 0; je`: returns where its displacement is. Clobbers flags.
+    pub fn need_high(&mut self) -> u32 {
+        self.put(&[0x83]);
+        self.rbp_modrm(7, HIGH_LIVE);
+        self.put(&[0, 0x0f, 0x84]);
+        let site = self.pos();
+        self.put(&[0; 4]);
+        site
     }
     /// `mov dword [rbp + source], block`.
     pub fn note_source(&mut self, block: u32) {

@@ -23,6 +23,7 @@ mod core;
 mod ctx;
 mod decode;
 mod emit;
+mod evex;
 mod fpu;
 mod mmu;
 mod mode;
@@ -89,7 +90,7 @@ impl SoftEngine {
     /// What this engine can carry, for [`CpuModel::host`].
     #[must_use]
     pub fn offer(time: &TimeBase) -> Offer {
-        Offer { avx512: false, tsc_hz: time.tsc_hz() }
+        Offer { avx512: fpu::carries_avx512(), tsc_hz: time.tsc_hz() }
     }
 }
 

@@ -25,6 +25,7 @@ const SINGLE: u32 = 14;
 const ALIGN: u32 = 15;
 const NO_WAIT: u32 = 16;
 const WATCHED: u32 = 17;
+const NO_EVEX: u32 = 18;
 
 impl Mode {
     /// The mode that `core` is in; `single`: one instruction at a time.
@@ -57,6 +58,7 @@ impl Mode {
         bits |= u32::from(fpu_off) << NO_FPU;
         bits |= u32::from(sys.cr4 & cr4::OSFXSR == 0 || sys.cr0 & cr0::EM != 0) << NO_SSE;
         bits |= u32::from(sys.cr4 & cr4::OSXSAVE == 0 || sys.xcr0 & 6 != 6 || !core.protected() || core.v86()) << NO_AVX;
+        bits |= u32::from(bits >> NO_AVX & 1 != 0 || sys.xcr0 & 0xe6 != 0xe6) << NO_EVEX;
         let rf = core.c().rflags;
         bits |= u32::from(single || rf & rflags::TF != 0) << SINGLE;
         bits |= u32::from(core.alignment_checked()) << ALIGN;
@@ -123,6 +125,10 @@ impl Mode {
     }
     pub fn avx_off(self) -> bool {
         self.bit(NO_AVX)
+    }
+    /// EVEX and mask-register instructions are #UD.
+    pub fn evex_off(self) -> bool {
+        self.bit(NO_EVEX)
     }
     /// Linear address of code offset `ip`.
     pub fn linear(self, ip: u64) -> u64 {

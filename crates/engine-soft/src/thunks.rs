@@ -20,6 +20,9 @@ pub struct Thunks {
     /// Where a committed write calls after its instruction; returns past the next five bytes if translated code
     /// must be left. Keeps all registers and flags.
     pub commit: u32,
+    /// Where a block calls that needs vector registers 16-31 or the mask registers and finds them not live. Clobbers
+    /// flags.
+    pub load_high: u32,
     /// Leave, by reason: R13 = rip, R14 = argument.
     pub leave: [u32; 8],
     /// First free offset.
@@ -74,13 +77,16 @@ const XMM: [AsmRegisterXmm; 16] = [
 const YMM: [AsmRegisterYmm; 16] = [
     ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14, ymm15,
 ];
+const YMM_HIGH: [AsmRegisterYmm; 16] = [
+    ymm16, ymm17, ymm18, ymm19, ymm20, ymm21, ymm22, ymm23, ymm24, ymm25, ymm26, ymm27, ymm28, ymm29, ymm30, ymm31,
+];
 const ZMM: [AsmRegisterZmm; 32] = [
     zmm0, zmm1, zmm2, zmm3, zmm4, zmm5, zmm6, zmm7, zmm8, zmm9, zmm10, zmm11, zmm12, zmm13, zmm14, zmm15, zmm16,
     zmm17, zmm18, zmm19, zmm20, zmm21, zmm22, zmm23, zmm24, zmm25, zmm26, zmm27, zmm28, zmm29, zmm30, zmm31,
 ];
 const MASK: [AsmRegisterK; 8] = [k0, k1, k2, k3, k4, k5, k6, k7];
 
-/// Saves or restores the vector registers as `vec_mode` says. Clobbers flags.
+/// Saves or restores vector registers 0-15 as `vec_mode` says. Clobbers flags.
 fn vectors(a: &mut CodeAssembler, save: bool) -> Result<(), IcedError> {
     let at = |n: usize| rbp + disp(std::mem::offset_of!(Ctx, vec) + n * 64);
     let (mut wide, mut widest, mut done) = (a.create_label(), a.create_label(), a.create_label());
@@ -100,18 +106,55 @@ fn vectors(a: &mut CodeAssembler, save: bool) -> Result<(), IcedError> {
     }
     a.jmp(done)?;
     a.set_label(&mut widest)?;
-    for (n, r) in ZMM.into_iter().enumerate() {
+    for (n, r) in ZMM.into_iter().enumerate().take(16) {
         if save { a.vmovups(zmmword_ptr(at(n)), r)? } else { a.vmovups(r, zmmword_ptr(at(n)))? }
-    }
-    for (n, k) in MASK.into_iter().enumerate() {
-        let m = qword_ptr(rbp + disp(std::mem::offset_of!(Ctx, mask) + n * 8));
-        if save { a.kmovq(m, k)? } else { a.kmovq(k, m)? }
     }
     if save {
         a.vzeroupper()?;
     }
     a.set_label(&mut done)?;
     Ok(())
+}
+
+/// Saves vector registers 16-31 and the mask registers if they are live, or loads them in any case; says which in
+/// `high_live`. Clobbers flags.
+fn high_vectors(a: &mut CodeAssembler, save: bool) -> Result<(), IcedError> {
+    let at = |n: usize| rbp + disp(std::mem::offset_of!(Ctx, vec) + n * 64);
+    let (mut widest, mut masks, mut done) = (a.create_label(), a.create_label(), a.create_label());
+    if save {
+        a.cmp(dword_ptr(field!(high_live)), 0)?;
+        a.je(done)?;
+    }
+    a.mov(dword_ptr(field!(high_live)), u32::from(!save))?;
+    a.cmp(dword_ptr(field!(vec_mode)), 1)?;
+    a.ja(widest)?;
+    for (n, r) in YMM_HIGH.into_iter().enumerate() {
+        let m = ymmword_ptr(at(n + 16));
+        if save { a.vmovdqu64(m, r)? } else { a.vmovdqu64(r, m)? }
+    }
+    a.jmp(masks)?;
+    a.set_label(&mut widest)?;
+    for (n, r) in ZMM.into_iter().enumerate().skip(16) {
+        let m = zmmword_ptr(at(n));
+        if save { a.vmovups(m, r)? } else { a.vmovups(r, m)? }
+    }
+    a.set_label(&mut masks)?;
+    for (n, k) in MASK.into_iter().enumerate() {
+        let m = qword_ptr(rbp + disp(std::mem::offset_of!(Ctx, mask) + n * 8));
+        if save { a.kmovq(m, k)? } else { a.kmovq(k, m)? }
+    }
+    a.set_label(&mut done)?;
+    a.zero_bytes()
+}
+
+/// After a helper: loads what [`high_vectors`] saved if EBX says that it was live. Clobbers flags.
+fn high_again(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut done = a.create_label();
+    a.test(ebx, ebx)?;
+    a.je(done)?;
+    high_vectors(a, false)?;
+    a.set_label(&mut done)?;
+    a.zero_bytes()
 }
 
 fn build(code: &mut CodeMemory, at: u32, f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Result<u32, IcedError> {
@@ -161,6 +204,7 @@ fn write_all(code: &mut CodeMemory) -> Result<Thunks, IcedError> {
         a.mov(dword_ptr(field!(arg)), r14d)?;
         save_gprs(a)?;
         vectors(a, true)?;
+        high_vectors(a, true)?;
         a.jmp(tail_address)
     })?;
     let common_address = code.exec(common);
@@ -175,7 +219,9 @@ fn write_all(code: &mut CodeMemory) -> Result<Thunks, IcedError> {
     at = build(code, at, |a| {
         let (mut leave, mut commit) = (a.create_label(), a.create_label());
         save_gprs(a)?;
+        a.mov(ebx, dword_ptr(field!(high_live)))?;
         vectors(a, true)?;
+        high_vectors(a, true)?;
         a.lea(rdi, qword_ptr(rbp - RBP_BIAS))?;
         a.mov(rsi, r13)?;
         a.mov(rdx, r14)?;
@@ -187,6 +233,8 @@ fn write_all(code: &mut CodeMemory) -> Result<Thunks, IcedError> {
         vectors(a, false)?;
         a.cmp(r14d, Slow::Commit as u32)?;
         a.ja(leave)?;
+        high_again(a)?;
+        a.cmp(r14d, Slow::Commit as u32)?;
         a.je(commit)?;
         load_gprs(a)?;
         a.mov(r13, qword_ptr(field!(ret)))?;
@@ -208,18 +256,26 @@ fn write_all(code: &mut CodeMemory) -> Result<Thunks, IcedError> {
         let mut stay = a.create_label();
         a.pushfq()?;
         save_gprs(a)?;
+        a.mov(ebx, dword_ptr(field!(high_live)))?;
         vectors(a, true)?;
+        high_vectors(a, true)?;
         a.lea(rdi, qword_ptr(rbp - RBP_BIAS))?;
         a.mov(rax, commit_helper as *const () as u64)?;
         a.call(rax)?;
         a.mov(r14d, eax)?;
         vectors(a, false)?;
+        high_again(a)?;
         a.test(r14d, r14d)?;
         a.je(stay)?;
         a.add(qword_ptr(rsp + 8), 5)?;
         a.set_label(&mut stay)?;
         load_gprs(a)?;
         a.popfq()?;
+        a.ret()
+    })?;
+    t.load_high = at;
+    at = build(code, at, |a| {
+        high_vectors(a, false)?;
         a.ret()
     })?;
     t.end = at;

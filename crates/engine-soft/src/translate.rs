@@ -75,6 +75,11 @@ enum Cold {
         target: u64,
         save: bool,
     },
+    /// Load the upper vector registers.
+    High {
+        site: u32,
+        back: u32,
+    },
 }
 
 /// Where a committed write goes on if translated code must be left.
@@ -394,6 +399,16 @@ impl Translator {
         let attention_site = e.c.pos();
         e.c.put(&[0; 4]);
         block.body = e.c.pos();
+        let evex = |op: &&Op| op.info.class == Class::Native && op.info.unit == Unit::Evex;
+        if ops.iter().filter(evex).any(|op| op.info.wide) {
+            e.c.widen();
+        }
+        if ops.iter().any(|op| evex(&op)) {
+            // The flags are in their slot here.
+            let site = e.c.need_high();
+            let back = e.c.pos();
+            e.cold.push(Cold::High { site, back });
+        }
         let mut ended = false;
         for op in ops {
             ended = e.op(op, source);
@@ -452,7 +467,7 @@ pub fn gated(unit: Unit, mode: Mode) -> bool {
         Unit::X87 => mode.fpu_off(),
         Unit::Sse => mode.fpu_off() || mode.sse_off(),
         Unit::Avx => mode.fpu_off() || mode.avx_off(),
-        Unit::Evex => true,
+        Unit::Evex => mode.fpu_off() || mode.evex_off(),
     }
 }
 
@@ -822,6 +837,12 @@ impl Emit<'_> {
     fn cold_stub(&mut self, item: Cold) {
         let here = self.c.pos();
         match item {
+            Cold::High { site, back } => {
+                self.c.memory().patch(site, here);
+                let load = self.thunks.load_high;
+                self.c.call(load);
+                self.c.jmp(back);
+            }
             Cold::Edge { site, target, save } => {
                 self.c.memory().patch(site, here);
                 self.loc = Loc::Eflags;
@@ -983,7 +1004,13 @@ impl Emit<'_> {
         // The address is computed before the flags are saved: that needs R14, this R13 and R14.
         self.clobber(live);
         self.address(insn, T0, flat, true);
-        self.check(0, rip, size, read, write, segment, (!flat).then_some(()))
+        let index = self.check(0, rip, size, read, write, segment, (!flat).then_some(()));
+        if insn.has_op_mask()
+            && let Cold::Access { access, .. } = &mut self.cold[index]
+        {
+            *access = access.with_mask();
+        }
+        index
     }
 
     /// An instruction that is emitted as itself.
@@ -1001,7 +1028,7 @@ impl Emit<'_> {
         }
         let restore = wanted != 0 && self.loc == Loc::Slot;
         // Forms that 64-bit mode encodes differently.
-        if raw.map == 0 && raw.vex.is_none() {
+        if raw.map == 0 && raw.vex.is_none() && raw.evex.is_none() {
             match raw.opcode {
                 0x40..=0x4f if !self.mode.code64() => {
                     // INC/DEC r: FF /0, /1.
@@ -1189,7 +1216,19 @@ impl Emit<'_> {
             b = r >> 3;
         }
         let r_bit = if raw.modrm.is_some() { reg_field >> 3 & 1 } else { 0 };
+        if let Some([p0, p1, p2]) = raw.evex {
+            // R', V', L'L, z, b and aaa stay; so does X where it extends a vector register.
+            let vector_rm = pointer.is_none() && regs[Field::Rm as usize].is_none();
+            let x = if vector_rm { raw.rex >> 1 & 1 } else { x };
+            let p0 = if self.mode.code64() { p0 } else { p0 | 0x10 };
+            put(0x62);
+            put((1 - r_bit) << 7 | (1 - x) << 6 | (1 - b) << 5 | p0 & 0x1f);
+            put(if self.mode.code64() { p1 } else { p1 | 0x40 });
+            put(p2);
+            put(opcode);
+        }
         match raw.vex {
+            _ if raw.evex.is_some() => {}
             Some((pp, l, vvvv)) => {
                 let v = regs[Field::Vvvv as usize].unwrap_or(vvvv);
                 put(0xc4);

@@ -185,7 +185,6 @@ impl SoftVcpu {
                 self.core.mmu.drop_jumps(&mut self.core.ctx);
             }
             self.update_stops();
-            self.core.ctx.get_mut().vec_mode = u32::from(self.core.sys.xcr0 & 4 != 0);
         }
         let linear = self.core.c().rip;
         let fetch = self.core.fetch_page(linear)?;
@@ -299,6 +298,7 @@ impl SoftVcpu {
             Unit::X87 => Trap::nm(),
             Unit::Sse if cr0 & cr0::EM == 0 && self.core.sys.cr4 & wardian_cpu::bits::cr4::OSFXSR != 0 => Trap::nm(),
             Unit::Avx if !self.mode.avx_off() => Trap::nm(),
+            Unit::Evex if !self.mode.evex_off() => Trap::nm(),
             _ => Trap::ud(),
         }
     }

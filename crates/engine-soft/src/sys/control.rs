@@ -258,6 +258,7 @@ pub(crate) fn xsetbv(core: &mut Core, insn: &Instruction) -> Result<()> {
         return Err(Trap::gp(0));
     }
     core.sys.xcr0 = value;
+    crate::fpu::set_width(core);
     core.mode_dirty = true;
     advance(core, insn);
     Ok(())

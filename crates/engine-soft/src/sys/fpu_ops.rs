@@ -28,6 +28,10 @@ const MXCSR_INIT: u32 = 0x1f80;
 const X87: u64 = 1;
 const SSE: u64 = 2;
 const AVX: u64 = 4;
+/// Bits 256-511 of ZMM0-ZMM15.
+const HI256: u64 = 0x40;
+/// ZMM16-ZMM31.
+const HI16: u64 = 0x80;
 const COMPACT: u64 = 1 << 63;
 
 fn word(bytes: &[u8], at: usize) -> u16 {
@@ -296,7 +300,11 @@ fn area(core: &mut Core, insn: &Instruction, len: usize, write: bool) -> Result<
 
 /// Bytes of a component that the mode has: the upper eight registers exist in 64-bit mode only.
 fn mode_len(core: &Core, number: u32, len: usize) -> usize {
-    if number == 2 && !core.is_64bit() { len / 2 } else { len }
+    match number {
+        2 | 6 if !core.is_64bit() => len / 2,
+        7 if !core.is_64bit() => 0,
+        _ => len,
+    }
 }
 
 /// XSAVE and XSAVEOPT (SDM vol. 1, 13.7, 13.9); with `compact`, XSAVEC (13.10).
@@ -424,7 +432,7 @@ fn xrstor(core: &mut Core, insn: &Instruction) -> Result<()> {
         }
     }
     // Outside 64-bit mode the upper registers keep what they have.
-    let kept = if core.is_64bit() { 0 } else { SSE | AVX };
+    let kept = if core.is_64bit() { 0 } else { SSE | AVX | HI256 | HI16 };
     let used = (image.used() & (!set | kept)) | loaded;
     image.set_used(used);
     image.put(core);

@@ -9,6 +9,7 @@ pub(crate) mod control;
 pub(crate) mod cpuid;
 pub(crate) mod deliver;
 pub(crate) mod descriptor;
+pub(crate) mod evex_ops;
 pub(crate) mod fpu_ops;
 pub(crate) mod io;
 pub(crate) mod legacy;
@@ -154,6 +155,7 @@ fn other(core: &mut Core, insn: &Instruction) -> Result<()> {
         .or_else(|| legacy::interpret(core, insn))
         .or_else(|| bits::interpret(core, insn))
         .or_else(|| vector_ops::interpret(core, insn))
+        .or_else(|| evex_ops::interpret(core, insn))
         .unwrap_or_else(|| Err(Trap::ud()))
 }
 

@@ -75,27 +75,56 @@ pub(crate) fn interpret(core: &mut Core, insn: &Instruction) -> Option<Result<()
     }
 }
 
-fn vec(core: &Core, register: Register) -> [u8; 64] {
+pub(super) fn vec(core: &Core, register: Register) -> [u8; 64] {
     core.c().vec[register.number() & 31]
 }
 
-fn set_vec(core: &mut Core, register: Register, value: [u8; 64]) {
+pub(super) fn set_vec(core: &mut Core, register: Register, value: [u8; 64]) {
     core.ctx.get_mut().vec[register.number() & 31] = value;
 }
 
-fn get(bytes: &[u8; 64], n: usize, size: usize) -> u64 {
+pub(super) fn get(bytes: &[u8; 64], n: usize, size: usize) -> u64 {
     let mut out = [0u8; 8];
     out[..size].copy_from_slice(&bytes[n * size..(n + 1) * size]);
     u64::from_le_bytes(out)
 }
 
-fn put(bytes: &mut [u8; 64], n: usize, size: usize, value: u64) {
+pub(super) fn put(bytes: &mut [u8; 64], n: usize, size: usize, value: u64) {
     bytes[n * size..(n + 1) * size].copy_from_slice(&value.to_le_bytes()[..size]);
 }
 
 /// Whether the mask has element `n`.
 fn chosen(mask: &[u8; 64], n: usize, size: usize) -> bool {
     mask[(n + 1) * size - 1] & 0x80 != 0
+}
+
+/// A memory operand with a vector of indices.
+pub(super) struct Indexed {
+    pub(super) segment: usize,
+    base: u64,
+    scale: u64,
+    mask: u64,
+}
+
+impl Indexed {
+    pub(super) fn of(core: &Core, insn: &Instruction) -> Indexed {
+        let (base, bytes) = match insn.memory_base() {
+            Register::None if core.is_64bit() && insn.memory_displ_size() != 4 => (0, 8),
+            Register::None => (0, 4),
+            base => (core.gpr(base.number()) & size_mask(base.size()), base.size()),
+        };
+        Indexed {
+            segment: segment_number(insn.memory_segment()),
+            base: base.wrapping_add(insn.memory_displacement64()),
+            scale: u64::from(insn.memory_index_scale()),
+            mask: size_mask(bytes),
+        }
+    }
+
+    /// Effective address of the element with this index.
+    pub(super) fn element(&self, index: u64) -> u64 {
+        self.base.wrapping_add(index.wrapping_mul(self.scale)) & self.mask
+    }
 }
 
 /// Completed elements stay when a later one faults: their mask elements are clear then.
@@ -106,17 +135,7 @@ fn gather(core: &mut Core, insn: &Instruction, index_size: usize, size: usize, c
         return Err(Trap::ud());
     }
     avx(core)?;
-    let segment = segment_number(insn.memory_segment());
-    let base = match insn.memory_base() {
-        Register::None => 0,
-        base => core.gpr(base.number()) & size_mask(base.size()),
-    };
-    let address = match insn.memory_base() {
-        Register::None if core.is_64bit() && insn.memory_displ_size() != 4 => 8,
-        Register::None => 4,
-        base => base.size(),
-    };
-    let scale = u64::from(insn.memory_index_scale());
+    let place = Indexed::of(core, insn);
     let indices = vec(core, index);
     let mut result = vec(core, to);
     let mut mask = [0u8; 64];
@@ -130,11 +149,8 @@ fn gather(core: &mut Core, insn: &Instruction, index_size: usize, size: usize, c
         if !chosen(&mask, n, size) {
             continue;
         }
-        let offset = base
-            .wrapping_add(sign_extend(get(&indices, n, index_size), index_size).wrapping_mul(scale))
-            .wrapping_add(insn.memory_displacement64())
-            & size_mask(address);
-        match core.linear(segment, offset, size, false).and_then(|linear| load(core, linear, size)) {
+        let offset = place.element(sign_extend(get(&indices, n, index_size), index_size));
+        match core.linear(place.segment, offset, size, false).and_then(|linear| load(core, linear, size)) {
             Ok(value) => {
                 put(&mut result, n, size, value);
                 put(&mut mask, n, size, 0);
