@@ -89,7 +89,7 @@ fn raw_disk_survives_and_gives_space_back() {
     let path = place.raw("disk.raw", 256 << 20);
     let freed = or_skip!(survives(&format!("{},format=raw", path.display()), &path));
     assert!(freed > 30_000_000, "trim punches holes: {freed} bytes");
-    let script = "blkdiscard /dev/vdb && cmp -n 1000000 /dev/vdb /dev/zero && echo \"size=$(blockdev --getsize64 /dev/vdb)\"";
+    let script = "blkdiscard -f /dev/vdb && cmp -n 1000000 /dev/vdb /dev/zero && echo \"size=$(blockdev --getsize64 /dev/vdb)\"";
     let ended = or_skip!(run(script, &format!("{},format=raw", path.display())));
     assert_eq!(ended.value("size"), (256 << 20).to_string());
     assert!(bytes(&path) < 100_000, "a whole discarded disk takes no space: {}", bytes(&path));
