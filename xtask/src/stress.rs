@@ -76,6 +76,9 @@ sync
 /// What that prints when the files of the last boot are whole.
 const SAME: &str = "STRESS-SAME";
 
+/// After so many failures in a row there is nothing rare to look for.
+const HOPELESS: u32 = 5;
+
 pub fn main(args: &Args) -> Result<()> {
     let What::Boot(args) = &args.what;
     need(&[("e2fsck", "e2fsprogs")])?;
@@ -115,6 +118,7 @@ pub fn main(args: &Args) -> Result<()> {
         };
         let mut boots = Times::default();
         let mut fresh = true;
+        let mut in_a_row = 0;
         for number in 1..=args.count {
             let ran = vm::run(&vmm, &machine, Duration::from_secs(args.limit), false)?;
             let mut faults = faults(&ran);
@@ -133,8 +137,11 @@ pub fn main(args: &Args) -> Result<()> {
                 ran.took.as_secs_f64(),
                 if faults.is_empty() { "" } else { "  FAILED" }
             );
-            if !faults.is_empty() {
+            if faults.is_empty() {
+                in_a_row = 0;
+            } else {
                 failures += 1;
+                in_a_row += 1;
                 let file = logs.join(format!("{cpus}-vcpus-boot-{number}.log"));
                 let told = faults.join("\n");
                 fs::write(&file, format!("{}\n--- faults\n{told}\n", ran.log()))?;
@@ -142,6 +149,10 @@ pub fn main(args: &Args) -> Result<()> {
                 // The next boot does not start from what a failed one left.
                 vm::copy_disk(&guest.disk, &disk)?;
                 fresh = true;
+                if in_a_row == HOPELESS {
+                    println!("{HOPELESS} failures in a row: no more with {cpus} vCPUs");
+                    break;
+                }
             }
         }
         println!("{cpus} vCPUs: init {}; end {}", shown(&mut boots.boot), shown(&mut boots.all));
@@ -189,7 +200,10 @@ fn faults(ran: &Ran) -> Vec<String> {
     let mut faults = Vec::new();
     match ran.status {
         None => faults.push("out of time".to_owned()),
-        Some(status) if !status.success() => faults.push(format!("the process ended with {status}")),
+        Some(status) if !status.success() => {
+            faults.push(format!("the process ended with {status}"));
+            faults.extend(ran.messages.lines().last().map(str::to_owned));
+        }
         Some(_) => {}
     }
     let exit = ran.lines.iter().find_map(|line| line.text.split_once("WARDIAN-EXIT ").map(|(_, rest)| rest));

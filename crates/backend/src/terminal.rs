@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Once, OnceLock};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
 
@@ -12,6 +13,9 @@ use crate::{LoopHandle, Next};
 
 /// The key that begins an escape: Ctrl-a.
 const ESCAPE: u8 = 0x01;
+
+/// Typed bytes kept for a guest that does not take them.
+const KEPT: usize = 64 << 10;
 
 /// Takes typed bytes for the guest; returns how many it had room for. The rest is offered again.
 pub type InputSink = Box<dyn FnMut(&[u8]) -> usize + Send>;
@@ -136,28 +140,42 @@ fn input_handler(
 ) -> impl FnMut() -> Next + Send + 'static {
     let mut escape = Escape::default();
     let mut waiting = Vec::new();
+    let mut ended = false;
     move || {
-        if waiting.is_empty() {
+        // What the guest does not take yet is kept, up to a bound, and the reading goes on behind it: the escape
+        // must be found even when the guest hangs.
+        if !ended && (waiting.is_empty() || waiting.len() < KEPT && readable(&fd)) {
             let mut bytes = [0; 1024];
             match rustix::io::read(&fd, &mut bytes) {
-                Ok(0) => return Next::Remove,
+                Ok(0) => ended = true,
                 Ok(n) => {
                     if escape.feed(&bytes[..n], &mut waiting) {
                         quit();
                         return Next::Remove;
                     }
                 }
-                Err(Errno::INTR | Errno::AGAIN) => return Next::Keep,
+                Err(Errno::INTR | Errno::AGAIN) if waiting.is_empty() => return Next::Keep,
+                Err(Errno::INTR | Errno::AGAIN) => {}
                 Err(error) => {
                     tracing::debug!("Standard input ends: {error}");
-                    return Next::Remove;
+                    ended = true;
                 }
             }
         }
         let taken = sink(&waiting).min(waiting.len());
         waiting.drain(..taken);
-        if waiting.is_empty() { Next::Keep } else { Next::Later }
+        match (waiting.is_empty(), ended) {
+            (true, true) => Next::Remove,
+            (true, false) => Next::Keep,
+            (false, _) => Next::Later,
+        }
     }
+}
+
+/// Whether a read would return at once.
+fn readable(fd: &impl AsFd) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+    rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]
@@ -184,6 +202,19 @@ mod tests {
             let quit = input.iter().any(|bytes| escape.feed(bytes, &mut out));
             assert_eq!((out.as_slice(), quit), (guest, quits), "{input:?}");
         }
+    }
+
+    #[test]
+    fn escape_is_found_behind_input_that_the_guest_does_not_take() {
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        let quits = Arc::new(Mutex::new(0));
+        let of_quit = Arc::clone(&quits);
+        let mut handler = input_handler(read, Box::new(|_| 0), move || *of_quit.lock().unwrap() += 1);
+        rustix::io::write(&write, &[b'y'; 3000]).unwrap();
+        assert_eq!(handler(), Next::Later);
+        rustix::io::write(&write, b"\x01x").unwrap();
+        assert!((0..10).any(|_| handler() == Next::Remove));
+        assert_eq!(*quits.lock().unwrap(), 1);
     }
 
     #[test]

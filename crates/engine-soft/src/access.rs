@@ -18,7 +18,14 @@ pub struct Site(pub u64);
 
 impl Site {
     /// Packs. `size` must be one of [`SIZES`].
-    pub fn new(rip: u64, size: usize, read: bool, write: bool, segment: usize, checked: bool) -> Option<Site> {
+    pub fn new(
+        rip: u64,
+        size: usize,
+        read: bool,
+        write: bool,
+        segment: usize,
+        checked: bool,
+    ) -> Option<Site> {
         let code = SIZES.iter().position(|s| usize::from(*s) == size)? as u64;
         let bits = code
             | u64::from(write) << 4
@@ -184,7 +191,9 @@ impl Core {
 
     fn page_watched(&self, linear: u64) -> bool {
         let page = linear & !0xfff;
-        self.watch.iter().any(|(start, len, _, _)| *start < page.wrapping_add(4096) && page < start.wrapping_add(*len))
+        self.watch
+            .iter()
+            .any(|(start, len, _, _)| *start < page.wrapping_add(4096) && page < start.wrapping_add(*len))
     }
 
     /// Host address of a span of plain RAM that may be accessed directly now; `None` when it must go through
@@ -204,7 +213,8 @@ impl Core {
         }
         let t = self.walk(linear, if write { Want::Write } else { Want::Read }, privilege)?;
         let Some((page, host)) = self.mem.page(Gpa(t.gpa)) else { return Ok(None) };
-        if (write && self.mem.code_marks(page) != 0) || (!self.watch.is_empty() && self.page_watched(linear)) {
+        if (write && self.mem.code_marks(page) != 0) || (!self.watch.is_empty() && self.page_watched(linear))
+        {
             return Ok(None);
         }
         Ok(Some((host + (t.gpa & 0xfff) as usize) as *mut u8))
@@ -360,12 +370,15 @@ impl Core {
         let linear = if site.checked() {
             self.linear(site.segment(), address, size, write)?
         } else {
-            if self.is_64bit() && !(is_canonical(address) && is_canonical(address.wrapping_add(size as u64 - 1))) {
+            if self.is_64bit()
+                && !(is_canonical(address) && is_canonical(address.wrapping_add(size as u64 - 1)))
+            {
                 return Err(Self::segment_fault(site.segment()));
             }
             address
         };
-        if self.alignment_checked() && size <= 8 && size.is_power_of_two() && linear & (size as u64 - 1) != 0 {
+        if self.alignment_checked() && size <= 8 && size.is_power_of_two() && linear & (size as u64 - 1) != 0
+        {
             return Err(Trap::ac());
         }
         let want = if write { Want::Write } else { Want::Read };
@@ -391,7 +404,13 @@ impl Core {
             self.ctx.get_mut().ret = ret;
             if code || self.watch_hit != 0 {
                 // (In a watched mode reads, too, have what must follow a commit.)
-                self.commit = Some(Commit { len: if write { size } else { 0 }, gpa: [t.gpa, 0], first, bounce: None, active: None });
+                self.commit = Some(Commit {
+                    len: if write { size } else { 0 },
+                    gpa: [t.gpa, 0],
+                    first,
+                    bounce: None,
+                    active: None,
+                });
                 return Ok(Slow::Commit);
             }
             return Ok(Slow::Hit);
@@ -445,7 +464,8 @@ impl Core {
         let begin = address.wrapping_add(low as u64);
         let begin = if site.checked() {
             self.linear(site.segment(), begin, high - low + 1, write)?
-        } else if self.is_64bit() && !(is_canonical(begin) && is_canonical(address.wrapping_add(high as u64))) {
+        } else if self.is_64bit() && !(is_canonical(begin) && is_canonical(address.wrapping_add(high as u64)))
+        {
             return Err(Self::segment_fault(site.segment()));
         } else {
             begin
@@ -472,7 +492,11 @@ impl Core {
         let mut data = [0u8; 64];
         if site.read() && !write {
             for run in runs(active, first) {
-                let at = if run.start < first { gpa[0] + run.start as u64 } else { gpa[1] + (run.start - first) as u64 };
+                let at = if run.start < first {
+                    gpa[0] + run.start as u64
+                } else {
+                    gpa[1] + (run.start - first) as u64
+                };
                 self.physical_read(at, &mut data[run])?;
             }
         }
@@ -494,13 +518,16 @@ impl Core {
             None => self.mem.stored(Gpa(commit.gpa[0]), commit.len),
             Some(offset) => {
                 let mut data = [0u8; 512];
-                data[..commit.len]
-                    .copy_from_slice(&self.c().bounce.0[offset..offset + commit.len]);
+                data[..commit.len].copy_from_slice(&self.c().bounce.0[offset..offset + commit.len]);
                 if let Some(active) = commit.active {
                     let (first, gpa) = (commit.first, commit.gpa);
                     for run in runs(active, first) {
                         let start = run.start;
-                        let at = if start < first { gpa[0] + start as u64 } else { gpa[1] + (start - first) as u64 };
+                        let at = if start < first {
+                            gpa[0] + start as u64
+                        } else {
+                            gpa[1] + (start - first) as u64
+                        };
                         self.physical_write(at, &data[run]);
                     }
                     return self.must_leave();

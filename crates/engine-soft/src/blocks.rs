@@ -58,13 +58,20 @@ pub struct Blocks {
 }
 
 fn hash(page: u32, offset: u16, linear: u64, mode: Mode) -> u64 {
-    let key = (u64::from(page) << 12 | u64::from(offset)) ^ linear.rotate_left(20) ^ mode.hash().rotate_left(7);
+    let key =
+        (u64::from(page) << 12 | u64::from(offset)) ^ linear.rotate_left(20) ^ mode.hash().rotate_left(7);
     key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 impl Blocks {
     pub fn new(ram_pages: usize) -> Blocks {
-        Blocks { all: Vec::new(), table: vec![NONE; 1 << 15], pages: vec![NONE; ram_pages], crossing: Vec::new(), marks: Default::default() }
+        Blocks {
+            all: Vec::new(),
+            table: vec![NONE; 1 << 15],
+            pages: vec![NONE; ram_pages],
+            crossing: Vec::new(),
+            marks: Default::default(),
+        }
     }
 
     /// Forgets everything.

@@ -13,8 +13,8 @@ use wardian_time::TimeBase;
 use crate::ctx::{Ctx, CtxBox, View};
 use crate::mmu::Mmu;
 use crate::shared::{Mailbox, Request, Shared};
-use crate::vcpu::Parts;
 use crate::trap::Trap;
+use crate::vcpu::Parts;
 
 /// Segment register numbers in encoding order.
 pub mod seg {

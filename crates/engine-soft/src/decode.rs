@@ -2,8 +2,8 @@
 //! attributes by iced-x86 `Code`.
 
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, MandatoryPrefix, Mnemonic as M, OpAccess,
-    OpCodeOperandKind as K, OpKind,
+    Code, CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, MandatoryPrefix, Mnemonic as M,
+    OpAccess, OpCodeOperandKind as K, OpKind,
 };
 
 /// How the translator treats an instruction.
@@ -87,25 +87,170 @@ pub struct CodeInfo {
 fn interpreted(m: M) -> bool {
     matches!(
         m,
-        M::In | M::Out | M::Insb | M::Insd | M::Insw | M::Outsb | M::Outsd | M::Outsw | M::Hlt | M::Lgdt | M::Lidt
-            | M::Sgdt | M::Sidt | M::Lldt | M::Sldt | M::Ltr | M::Str | M::Lmsw | M::Smsw | M::Clts | M::Invlpg
-            | M::Invpcid | M::Invd | M::Wbinvd | M::Wbnoinvd | M::Rdmsr | M::Wrmsr | M::Rdtsc | M::Rdtscp | M::Rdpmc
-            | M::Rdpid | M::Cpuid | M::Swapgs | M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase | M::Xgetbv
-            | M::Xsetbv | M::Sysenter | M::Sysexit | M::Sysexitq | M::Sysret | M::Sysretq | M::Iret | M::Iretd
-            | M::Iretq | M::Int | M::Int1 | M::Int3 | M::Into | M::Cli | M::Sti | M::Pushf | M::Pushfd | M::Pushfq
-            | M::Popf | M::Popfd | M::Popfq | M::Clac | M::Stac | M::Cld | M::Std | M::Movsb | M::Movsw | M::Movsq
-            | M::Stosb | M::Stosw | M::Stosd | M::Stosq | M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq | M::Scasb
-            | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsq | M::Xlatb | M::Enter
-            | M::Bound | M::Pusha | M::Pushad | M::Popa | M::Popad | M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa
-            | M::Das | M::Salc | M::Lar | M::Lsl | M::Verr | M::Verw | M::Arpl | M::Lds | M::Les | M::Lfs | M::Lgs
-            | M::Lss | M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Xsave | M::Xsave64 | M::Xsavec
-            | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsaves | M::Xsaves64 | M::Xrstor | M::Xrstor64
-            | M::Xrstors | M::Xrstors64 | M::Fsave | M::Fnsave | M::Frstor | M::Fldenv | M::Fstenv | M::Fnstenv
-            | M::Vpgatherdd | M::Vpgatherdq | M::Vpgatherqd | M::Vpgatherqq | M::Vgatherdps | M::Vgatherdpd
-            | M::Vgatherqps | M::Vgatherqpd | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
-            | M::Maskmovdqu | M::Vmaskmovdqu | M::Maskmovq | M::Monitor | M::Mwait | M::Ud0 | M::Ud1 | M::Ud2
-            | M::Vmcall | M::Vmmcall | M::Rsm | M::Getsec | M::Loope | M::Loopne | M::Xbegin | M::Xend | M::Xabort
-            | M::Xtest | M::Umonitor | M::Umwait | M::Tpause | M::Enqcmd | M::Enqcmds | M::Movdir64b | M::Ptwrite
+        M::In
+            | M::Out
+            | M::Insb
+            | M::Insd
+            | M::Insw
+            | M::Outsb
+            | M::Outsd
+            | M::Outsw
+            | M::Hlt
+            | M::Lgdt
+            | M::Lidt
+            | M::Sgdt
+            | M::Sidt
+            | M::Lldt
+            | M::Sldt
+            | M::Ltr
+            | M::Str
+            | M::Lmsw
+            | M::Smsw
+            | M::Clts
+            | M::Invlpg
+            | M::Invpcid
+            | M::Invd
+            | M::Wbinvd
+            | M::Wbnoinvd
+            | M::Rdmsr
+            | M::Wrmsr
+            | M::Rdtsc
+            | M::Rdtscp
+            | M::Rdpmc
+            | M::Rdpid
+            | M::Cpuid
+            | M::Swapgs
+            | M::Rdfsbase
+            | M::Rdgsbase
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Xgetbv
+            | M::Xsetbv
+            | M::Sysenter
+            | M::Sysexit
+            | M::Sysexitq
+            | M::Sysret
+            | M::Sysretq
+            | M::Iret
+            | M::Iretd
+            | M::Iretq
+            | M::Int
+            | M::Int1
+            | M::Int3
+            | M::Into
+            | M::Cli
+            | M::Sti
+            | M::Pushf
+            | M::Pushfd
+            | M::Pushfq
+            | M::Popf
+            | M::Popfd
+            | M::Popfq
+            | M::Clac
+            | M::Stac
+            | M::Cld
+            | M::Std
+            | M::Movsb
+            | M::Movsw
+            | M::Movsq
+            | M::Stosb
+            | M::Stosw
+            | M::Stosd
+            | M::Stosq
+            | M::Lodsb
+            | M::Lodsw
+            | M::Lodsd
+            | M::Lodsq
+            | M::Scasb
+            | M::Scasw
+            | M::Scasd
+            | M::Scasq
+            | M::Cmpsb
+            | M::Cmpsw
+            | M::Cmpsq
+            | M::Xlatb
+            | M::Enter
+            | M::Bound
+            | M::Pusha
+            | M::Pushad
+            | M::Popa
+            | M::Popad
+            | M::Aaa
+            | M::Aas
+            | M::Aam
+            | M::Aad
+            | M::Daa
+            | M::Das
+            | M::Salc
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Arpl
+            | M::Lds
+            | M::Les
+            | M::Lfs
+            | M::Lgs
+            | M::Lss
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xsaves
+            | M::Xsaves64
+            | M::Xrstor
+            | M::Xrstor64
+            | M::Xrstors
+            | M::Xrstors64
+            | M::Fsave
+            | M::Fnsave
+            | M::Frstor
+            | M::Fldenv
+            | M::Fstenv
+            | M::Fnstenv
+            | M::Vpgatherdd
+            | M::Vpgatherdq
+            | M::Vpgatherqd
+            | M::Vpgatherqq
+            | M::Vgatherdps
+            | M::Vgatherdpd
+            | M::Vgatherqps
+            | M::Vgatherqpd
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Maskmovq
+            | M::Monitor
+            | M::Mwait
+            | M::Ud0
+            | M::Ud1
+            | M::Ud2
+            | M::Vmcall
+            | M::Vmmcall
+            | M::Rsm
+            | M::Getsec
+            | M::Loope
+            | M::Loopne
+            | M::Xbegin
+            | M::Xend
+            | M::Xabort
+            | M::Xtest
+            | M::Umonitor
+            | M::Umwait
+            | M::Tpause
+            | M::Enqcmd
+            | M::Enqcmds
+            | M::Movdir64b
+            | M::Ptwrite
             | M::INVALID
     )
 }
@@ -115,15 +260,28 @@ fn classify(insn: &Instruction) -> Class {
     let m = insn.mnemonic();
     let kind = |n: u32| if n < insn.op_count() { Some(insn.op_kind(n)) } else { None };
     let is_mem = |n: u32| kind(n) == Some(OpKind::Memory);
-    let in_turn = (0..insn.op_count()).any(is_mem) && (insn.is_vsib() || crate::sys::evex_ops::packed(m).is_some());
+    let in_turn =
+        (0..insn.op_count()).any(is_mem) && (insn.is_vsib() || crate::sys::evex_ops::packed(m).is_some());
     if op.encoding() == EncodingKind::XOP || (op.encoding() == EncodingKind::EVEX && in_turn) {
         return Class::Interpret;
     }
     match m {
         M::Syscall => return Class::Syscall,
         M::Lea => return Class::Lea,
-        M::Nop | M::Prefetch | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw
-        | M::Prefetchwt1 | M::Endbr64 | M::Endbr32 | M::Reservednop | M::Clflush | M::Clflushopt | M::Clwb
+        M::Nop
+        | M::Prefetch
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchw
+        | M::Prefetchwt1
+        | M::Endbr64
+        | M::Endbr32
+        | M::Reservednop
+        | M::Clflush
+        | M::Clflushopt
+        | M::Clwb
         | M::Cldemote => {
             return Class::Nothing;
         }
@@ -156,14 +314,21 @@ fn classify(insn: &Instruction) -> Class {
     if code.is_call_near_indirect() {
         return Class::CallIndirect;
     }
-    if code.is_jmp_far() || code.is_call_far() || code.is_jmp_far_indirect() || code.is_call_far_indirect() || m == M::Retf {
+    if code.is_jmp_far()
+        || code.is_call_far()
+        || code.is_jmp_far_indirect()
+        || code.is_call_far_indirect()
+        || m == M::Retf
+    {
         return Class::Interpret;
     }
     match m {
         M::Push => {
             return match op.op_kind(0) {
                 K::r16_opcode | K::r32_opcode | K::r64_opcode => Class::PushReg,
-                _ if op.op_kind(0) != K::None && matches!(kind(0), Some(OpKind::Register)) => Class::Interpret,
+                _ if op.op_kind(0) != K::None && matches!(kind(0), Some(OpKind::Register)) => {
+                    Class::Interpret
+                }
                 _ if is_mem(0) => Class::Interpret,
                 _ => Class::PushImm,
             };
@@ -216,12 +381,24 @@ fn unit(insn: &Instruction) -> Unit {
     let mut unit = Unit::Integer;
     for feature in insn.cpuid_features() {
         match feature {
-            CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU287XL_ONLY | CpuidFeature::FPU387 | CpuidFeature::MMX => {
+            CpuidFeature::FPU
+            | CpuidFeature::FPU287
+            | CpuidFeature::FPU287XL_ONLY
+            | CpuidFeature::FPU387
+            | CpuidFeature::MMX => {
                 unit = Unit::X87;
             }
-            CpuidFeature::SSE | CpuidFeature::SSE2 | CpuidFeature::SSE3 | CpuidFeature::SSSE3 | CpuidFeature::SSE4_1
-            | CpuidFeature::SSE4_2 | CpuidFeature::SSE4A | CpuidFeature::AES | CpuidFeature::PCLMULQDQ
-            | CpuidFeature::SHA | CpuidFeature::GFNI => unit = Unit::Sse,
+            CpuidFeature::SSE
+            | CpuidFeature::SSE2
+            | CpuidFeature::SSE3
+            | CpuidFeature::SSSE3
+            | CpuidFeature::SSE4_1
+            | CpuidFeature::SSE4_2
+            | CpuidFeature::SSE4A
+            | CpuidFeature::AES
+            | CpuidFeature::PCLMULQDQ
+            | CpuidFeature::SHA
+            | CpuidFeature::GFNI => unit = Unit::Sse,
             _ => {}
         }
     }
@@ -244,15 +421,24 @@ impl CodeInfo {
         let mut used = 0;
         for n in 0..insn.op_count() {
             let access = info.op_access(n);
-            let written = !matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+            let written = !matches!(
+                access,
+                OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
+            );
             let (field, byte) = match op.op_kind(n) {
                 K::r8_reg => (Field::Reg, true),
                 K::r16_reg | K::r16_reg_mem | K::r32_reg | K::r32_reg_mem | K::r64_reg | K::r64_reg_mem => {
                     (Field::Reg, false)
                 }
                 K::r8_or_mem => (Field::Rm, true),
-                K::r16_or_mem | K::r32_or_mem | K::r32_or_mem_mpx | K::r64_or_mem | K::r64_or_mem_mpx | K::r16_rm
-                | K::r32_rm | K::r64_rm => (Field::Rm, false),
+                K::r16_or_mem
+                | K::r32_or_mem
+                | K::r32_or_mem_mpx
+                | K::r64_or_mem
+                | K::r64_or_mem_mpx
+                | K::r16_rm
+                | K::r32_rm
+                | K::r64_rm => (Field::Rm, false),
                 K::r8_opcode => (Field::Opcode, true),
                 K::r16_opcode | K::r32_opcode | K::r64_opcode => (Field::Opcode, false),
                 K::r32_vvvv | K::r64_vvvv => (Field::Vvvv, false),
@@ -270,20 +456,34 @@ impl CodeInfo {
                 );
             }
         }
-        out.wide = (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_zmm());
+        out.wide =
+            (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_zmm());
         let m = insn.mnemonic();
         let plain = insn.cpuid_features().iter().all(|f| {
             use CpuidFeature as F;
-            matches!(f, F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV)
+            matches!(
+                f,
+                F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV
+            )
         });
         // An instruction of a later extension may be unknown to the host.
         out.may_fault = !plain || matches!(m, M::Div | M::Idiv | M::Cmpxchg16b | M::Wait);
         // Only when the first operand is a general register of 32 or 64 bits.
         out.first_write_only = insn.op_count() > 0
-            && matches!(m, M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Movd | M::Movq | M::Rdrand | M::Rdseed)
+            && matches!(
+                m,
+                M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Movd | M::Movq | M::Rdrand | M::Rdseed
+            )
             && matches!(
                 op.op_kind(0),
-                K::r32_reg | K::r64_reg | K::r32_opcode | K::r64_opcode | K::r32_or_mem | K::r64_or_mem | K::r32_rm | K::r64_rm
+                K::r32_reg
+                    | K::r64_reg
+                    | K::r32_opcode
+                    | K::r64_opcode
+                    | K::r32_or_mem
+                    | K::r64_or_mem
+                    | K::r32_rm
+                    | K::r64_rm
             );
         out.by_cl = matches!(
             m,
@@ -307,7 +507,9 @@ impl CodeTable {
     /// Attributes of `insn`.
     #[inline]
     pub fn get(&mut self, insn: &Instruction) -> CodeInfo {
-        let memory = insn.op0_kind() == OpKind::Memory || insn.op1_kind() == OpKind::Memory || insn.op2_kind() == OpKind::Memory;
+        let memory = insn.op0_kind() == OpKind::Memory
+            || insn.op1_kind() == OpKind::Memory
+            || insn.op2_kind() == OpKind::Memory;
         let slot = &mut self.entries[insn.code() as usize * 2 + usize::from(memory)];
         if slot.class == Class::Unknown {
             *slot = CodeInfo::of(insn);
@@ -342,8 +544,20 @@ fn has_modrm(map: u8, op: u8, vex: bool) -> bool {
     match map {
         0 => match op {
             0x00..=0x3f => op & 7 < 4,
-            0x62 | 0x63 | 0x69 | 0x6b | 0x80..=0x8f | 0xc0 | 0xc1 | 0xc4..=0xc7 | 0xd0..=0xd3 | 0xd8..=0xdf | 0xf6
-            | 0xf7 | 0xfe | 0xff => true,
+            0x62
+            | 0x63
+            | 0x69
+            | 0x6b
+            | 0x80..=0x8f
+            | 0xc0
+            | 0xc1
+            | 0xc4..=0xc7
+            | 0xd0..=0xd3
+            | 0xd8..=0xdf
+            | 0xf6
+            | 0xf7
+            | 0xfe
+            | 0xff => true,
             _ => false,
         },
         1 if vex => op != 0x77,

@@ -25,7 +25,9 @@ pub fn active_bytes(core: &mut Core, rip: u64, size: usize) -> Option<u64> {
             let chosen = (0..size / len).filter(|n| mask >> n & 1 != 0);
             Some(chosen.fold(0, |bytes, n| bytes | one << (n * len)))
         }
-        Elements::AnyOf(count) => Some(if mask & (u64::MAX >> (64 - count.clamp(1, 64))) == 0 { 0 } else { all }),
+        Elements::AnyOf(count) => {
+            Some(if mask & (u64::MAX >> (64 - count.clamp(1, 64))) == 0 { 0 } else { all })
+        }
     }
 }
 
@@ -72,8 +74,19 @@ fn shape(insn: &Instruction, size: usize) -> Option<Elements> {
     }
     match m {
         // One mask bit for a group of memory elements.
-        M::Vpdpbusd | M::Vpdpbusds | M::Vpdpwssd | M::Vpdpwssds | M::Vdpbf16ps | M::Vfmaddcsh | M::Vfcmaddcsh
-        | M::Vfmulcsh | M::Vfcmulcsh | M::Vfmaddcph | M::Vfcmaddcph | M::Vfmulcph | M::Vfcmulcph => len = 4,
+        M::Vpdpbusd
+        | M::Vpdpbusds
+        | M::Vpdpwssd
+        | M::Vpdpwssds
+        | M::Vdpbf16ps
+        | M::Vfmaddcsh
+        | M::Vfcmaddcsh
+        | M::Vfmulcsh
+        | M::Vfcmulcsh
+        | M::Vfmaddcph
+        | M::Vfcmaddcph
+        | M::Vfmulcph
+        | M::Vfcmulcph => len = 4,
         M::Vpmuldq | M::Vpmuludq => len = 8,
         _ => {}
     }
@@ -95,9 +108,22 @@ fn shape(insn: &Instruction, size: usize) -> Option<Elements> {
 fn is_copied(m: M) -> bool {
     matches!(
         m,
-        M::Vbroadcastss | M::Vbroadcastsd | M::Vpbroadcastb | M::Vpbroadcastw | M::Vpbroadcastd | M::Vpbroadcastq
-            | M::Vbroadcastf32x2 | M::Vbroadcastf32x4 | M::Vbroadcastf32x8 | M::Vbroadcastf64x2 | M::Vbroadcastf64x4
-            | M::Vbroadcasti32x2 | M::Vbroadcasti32x4 | M::Vbroadcasti32x8 | M::Vbroadcasti64x2 | M::Vbroadcasti64x4
+        M::Vbroadcastss
+            | M::Vbroadcastsd
+            | M::Vpbroadcastb
+            | M::Vpbroadcastw
+            | M::Vpbroadcastd
+            | M::Vpbroadcastq
+            | M::Vbroadcastf32x2
+            | M::Vbroadcastf32x4
+            | M::Vbroadcastf32x8
+            | M::Vbroadcastf64x2
+            | M::Vbroadcastf64x4
+            | M::Vbroadcasti32x2
+            | M::Vbroadcasti32x4
+            | M::Vbroadcasti32x8
+            | M::Vbroadcasti64x2
+            | M::Vbroadcasti64x4
     )
 }
 
@@ -106,23 +132,98 @@ fn is_whole(insn: &Instruction) -> bool {
     let m = insn.mnemonic();
     match m {
         // By a count in memory, not by an immediate.
-        M::Vpsllw | M::Vpslld | M::Vpsllq | M::Vpsrlw | M::Vpsrld | M::Vpsrlq | M::Vpsraw | M::Vpsrad | M::Vpsraq => {
-            insn.op2_kind() == OpKind::Memory
-        }
-        M::Vpermb | M::Vpermw | M::Vpermd | M::Vpermq | M::Vpermps | M::Vpermpd | M::Vpermilps | M::Vpermilpd
-        | M::Vpermi2b | M::Vpermi2w | M::Vpermi2d | M::Vpermi2q | M::Vpermi2ps | M::Vpermi2pd | M::Vpermt2b
-        | M::Vpermt2w | M::Vpermt2d | M::Vpermt2q | M::Vpermt2ps | M::Vpermt2pd | M::Vpshufb | M::Vpshufd
-        | M::Vpshufhw | M::Vpshuflw | M::Vshufps | M::Vshufpd | M::Vshuff32x4 | M::Vshuff64x2 | M::Vshufi32x4
-        | M::Vshufi64x2 | M::Vpunpckhbw | M::Vpunpckhwd | M::Vpunpckhdq | M::Vpunpckhqdq | M::Vpunpcklbw
-        | M::Vpunpcklwd | M::Vpunpckldq | M::Vpunpcklqdq | M::Vunpckhps | M::Vunpckhpd | M::Vunpcklps
-        | M::Vunpcklpd | M::Vpackssdw | M::Vpacksswb | M::Vpackusdw | M::Vpackuswb | M::Vpalignr | M::Valignd
-        | M::Valignq | M::Vdbpsadbw | M::Vpmaddwd | M::Vpmaddubsw | M::Vmovddup | M::Vmovshdup | M::Vmovsldup
-        | M::Vpmultishiftqb | M::Vpconflictd | M::Vpconflictq | M::Vcvtne2ps2bf16 | M::Vgf2p8affineqb
-        | M::Vgf2p8affineinvqb | M::Vinsertf32x4 | M::Vinsertf32x8 | M::Vinsertf64x2 | M::Vinsertf64x4
-        | M::Vinserti32x4 | M::Vinserti32x8 | M::Vinserti64x2 | M::Vinserti64x4 | M::Vextractf32x4
-        | M::Vextractf32x8 | M::Vextractf64x2 | M::Vextractf64x4 | M::Vextracti32x4 | M::Vextracti32x8
-        | M::Vextracti64x2 | M::Vextracti64x4 | M::V4fmaddps | M::V4fnmaddps | M::V4fmaddss | M::V4fnmaddss
-        | M::Vp4dpwssd | M::Vp4dpwssds => true,
+        M::Vpsllw
+        | M::Vpslld
+        | M::Vpsllq
+        | M::Vpsrlw
+        | M::Vpsrld
+        | M::Vpsrlq
+        | M::Vpsraw
+        | M::Vpsrad
+        | M::Vpsraq => insn.op2_kind() == OpKind::Memory,
+        M::Vpermb
+        | M::Vpermw
+        | M::Vpermd
+        | M::Vpermq
+        | M::Vpermps
+        | M::Vpermpd
+        | M::Vpermilps
+        | M::Vpermilpd
+        | M::Vpermi2b
+        | M::Vpermi2w
+        | M::Vpermi2d
+        | M::Vpermi2q
+        | M::Vpermi2ps
+        | M::Vpermi2pd
+        | M::Vpermt2b
+        | M::Vpermt2w
+        | M::Vpermt2d
+        | M::Vpermt2q
+        | M::Vpermt2ps
+        | M::Vpermt2pd
+        | M::Vpshufb
+        | M::Vpshufd
+        | M::Vpshufhw
+        | M::Vpshuflw
+        | M::Vshufps
+        | M::Vshufpd
+        | M::Vshuff32x4
+        | M::Vshuff64x2
+        | M::Vshufi32x4
+        | M::Vshufi64x2
+        | M::Vpunpckhbw
+        | M::Vpunpckhwd
+        | M::Vpunpckhdq
+        | M::Vpunpckhqdq
+        | M::Vpunpcklbw
+        | M::Vpunpcklwd
+        | M::Vpunpckldq
+        | M::Vpunpcklqdq
+        | M::Vunpckhps
+        | M::Vunpckhpd
+        | M::Vunpcklps
+        | M::Vunpcklpd
+        | M::Vpackssdw
+        | M::Vpacksswb
+        | M::Vpackusdw
+        | M::Vpackuswb
+        | M::Vpalignr
+        | M::Valignd
+        | M::Valignq
+        | M::Vdbpsadbw
+        | M::Vpmaddwd
+        | M::Vpmaddubsw
+        | M::Vmovddup
+        | M::Vmovshdup
+        | M::Vmovsldup
+        | M::Vpmultishiftqb
+        | M::Vpconflictd
+        | M::Vpconflictq
+        | M::Vcvtne2ps2bf16
+        | M::Vgf2p8affineqb
+        | M::Vgf2p8affineinvqb
+        | M::Vinsertf32x4
+        | M::Vinsertf32x8
+        | M::Vinsertf64x2
+        | M::Vinsertf64x4
+        | M::Vinserti32x4
+        | M::Vinserti32x8
+        | M::Vinserti64x2
+        | M::Vinserti64x4
+        | M::Vextractf32x4
+        | M::Vextractf32x8
+        | M::Vextractf64x2
+        | M::Vextractf64x4
+        | M::Vextracti32x4
+        | M::Vextracti32x8
+        | M::Vextracti64x2
+        | M::Vextracti64x4
+        | M::V4fmaddps
+        | M::V4fnmaddps
+        | M::V4fmaddss
+        | M::V4fnmaddss
+        | M::Vp4dpwssd
+        | M::Vp4dpwssds => true,
         _ => false,
     }
 }

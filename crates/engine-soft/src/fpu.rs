@@ -66,7 +66,9 @@ fn avx512_layout() -> Option<[usize; 3]> {
             && std::arch::is_x86_feature_detected!("avx512cd");
         let places = [5, 6, 7].map(|n| std::arch::x86_64::__cpuid_count(0xd, n));
         let fits = places.iter().zip([64, 512, 1024]).all(|(p, len)| {
-            p.eax == len && p.ebx as usize >= YMM_HIGH && p.ebx as usize + len as usize <= size_of::<[u8; 4096]>()
+            p.eax == len
+                && p.ebx as usize >= YMM_HIGH
+                && p.ebx as usize + len as usize <= size_of::<[u8; 4096]>()
         });
         (features && fits).then(|| places.map(|p| p.ebx as usize))
     })

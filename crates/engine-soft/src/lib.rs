@@ -39,7 +39,7 @@ mod vcpu;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use wardian_cpu::{CpuModel, CpuState, Activity, Engine, EngineError, Offer, Vcpu};
+use wardian_cpu::{Activity, CpuModel, CpuState, Engine, EngineError, Offer, Vcpu};
 use wardian_irq::LocalInterrupts;
 use wardian_memory::{CodeListener, GuestMemory};
 use wardian_time::TimeBase;

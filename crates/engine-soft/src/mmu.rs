@@ -164,7 +164,8 @@ impl Mmu {
                 let page = linear & !0xfff;
                 let index = Self::index(linear);
                 for view in Self::ALL_VIEWS {
-                    if ctx.load(ctx::tag_read(view), index) == page || ctx.load(ctx::tag_write(view), index) == page
+                    if ctx.load(ctx::tag_read(view), index) == page
+                        || ctx.load(ctx::tag_write(view), index) == page
                     {
                         Self::drop_entry(ctx, view, index);
                     }

@@ -34,17 +34,14 @@ impl Mode {
         let mut bits = 0;
         let code64 = core.is_64bit();
         let cs = &sys.segments[seg::CS];
-        let size = if code64 {
-            2
-        } else {
-            u32::from(cs.big())
-        };
+        let size = if code64 { 2 } else { u32::from(cs.big()) };
         bits |= size << SIZE | (core.view() as u32) << VIEW;
         if code64 {
             bits |= 0x3f << FLAT | 1 << STACK32;
         } else {
             for (n, s) in sys.segments.iter().enumerate() {
-                let whole = s.limit == u32::MAX && !s.unusable() && (!core.protected() || s.rights & 0xc != 4);
+                let whole =
+                    s.limit == u32::MAX && !s.unusable() && (!core.protected() || s.rights & 0xc != 4);
                 let access = match n {
                     seg::CS => true,
                     _ => !core.protected() || core.v86() || s.rights & 0xa == 2, // writable data
@@ -57,7 +54,9 @@ impl Mode {
         let fpu_off = sys.cr0 & (cr0::TS | cr0::EM) != 0;
         bits |= u32::from(fpu_off) << NO_FPU;
         bits |= u32::from(sys.cr4 & cr4::OSFXSR == 0 || sys.cr0 & cr0::EM != 0) << NO_SSE;
-        bits |= u32::from(sys.cr4 & cr4::OSXSAVE == 0 || sys.xcr0 & 6 != 6 || !core.protected() || core.v86()) << NO_AVX;
+        bits |=
+            u32::from(sys.cr4 & cr4::OSXSAVE == 0 || sys.xcr0 & 6 != 6 || !core.protected() || core.v86())
+                << NO_AVX;
         bits |= u32::from(bits >> NO_AVX & 1 != 0 || sys.xcr0 & 0xe6 != 0xe6) << NO_EVEX;
         let rf = core.c().rflags;
         bits |= u32::from(single || rf & rflags::TF != 0) << SINGLE;
@@ -102,12 +101,17 @@ impl Mode {
     /// Pushes, pops, calls and returns can be emitted.
     pub fn stack_native(self) -> bool {
         !self.watched() && self.code64() && !self.bit(ALIGN)
-            || (!self.watched() && self.bitness() == 32 && self.bit(STACK32) && self.flat(seg::SS) && self.near_native())
+            || (!self.watched()
+                && self.bitness() == 32
+                && self.bit(STACK32)
+                && self.flat(seg::SS)
+                && self.near_native())
     }
     /// Indirect near jumps can be emitted.
     pub fn near_native(self) -> bool {
         !self.watched()
-            && (self.code64() || (self.bitness() == 32 && self.cs_base == 0 && self.bit(FLAT + seg::CS as u32)))
+            && (self.code64()
+                || (self.bitness() == 32 && self.cs_base == 0 && self.bit(FLAT + seg::CS as u32)))
     }
     pub fn fpu_off(self) -> bool {
         self.bit(NO_FPU)

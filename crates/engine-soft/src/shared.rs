@@ -17,6 +17,9 @@ pub const KICKED: u32 = 2;
 /// Attention bit: the vCPU itself wants to look at its interrupts again.
 pub const RECHECK: u32 = 4;
 
+/// Requests kept for a vCPU that sleeps, before they become [`Request::Everything`].
+const KEPT: usize = 4096;
+
 /// What one vCPU asks of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -24,6 +27,11 @@ pub enum Request {
     Written { page: usize, granules: u64 },
     /// Take write permission for this RAM page out of the TLB.
     BecameCode { page: usize },
+    /// Too many requests to remember: forget every translation and every TLB entry, and have the others forget their
+    /// translations.
+    Everything,
+    /// Forget every translation.
+    ForgetCode,
 }
 
 #[derive(Debug, Default)]
@@ -56,7 +64,12 @@ impl Mailbox {
 
     fn post(&self, request: Request) {
         let mut letters = self.lock();
-        if letters.requests.last() != Some(&request) {
+        if letters.requests.len() >= KEPT {
+            letters.requests.clear();
+            letters.requests.push(Request::Everything);
+        } else if letters.requests.first() != Some(&Request::Everything)
+            && letters.requests.last() != Some(&request)
+        {
             letters.requests.push(request);
         }
         Self::signal(&letters, REQUESTS);
@@ -102,5 +115,25 @@ impl Shared {
 impl CodeListener for Shared {
     fn code_written(&self, page: usize, granules: u64) {
         self.post(Request::Written { page, granules }, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{KEPT, Mailbox, Request};
+
+    #[test]
+    fn a_sleeping_vcpu_keeps_a_bounded_number_of_requests() {
+        let mailbox = Mailbox::default();
+        for page in 0..3 * KEPT {
+            mailbox.post(Request::Written { page, granules: 1 });
+        }
+        let mut taken = Vec::new();
+        mailbox.take(&mut taken);
+        assert_eq!(taken, [Request::Everything]);
+        mailbox.post(Request::BecameCode { page: 1 });
+        taken.clear();
+        mailbox.take(&mut taken);
+        assert_eq!(taken, [Request::BecameCode { page: 1 }]);
     }
 }

@@ -1,7 +1,7 @@
 //! The few routines at the start of code memory that lead into, out of and around translated code.
 
-use iced_x86::code_asm::*;
 use iced_x86::IcedError;
+use iced_x86::code_asm::*;
 use wardian_cpu::EngineError;
 
 use crate::access::{Site, Slow};
@@ -54,7 +54,18 @@ fn gpr(n: usize) -> AsmMemoryOperand {
 
 /// (guest register number, host register) of all that live in host registers.
 const LIVE: [(usize, AsmRegister64); 12] = [
-    (0, rax), (1, rcx), (2, rdx), (3, rbx), (4, r15), (5, r12), (6, rsi), (7, rdi), (8, r8), (9, r9), (10, r10), (11, r11),
+    (0, rax),
+    (1, rcx),
+    (2, rdx),
+    (3, rbx),
+    (4, r15),
+    (5, r12),
+    (6, rsi),
+    (7, rdi),
+    (8, r8),
+    (9, r9),
+    (10, r10),
+    (11, r11),
 ];
 
 fn save_gprs(a: &mut CodeAssembler) -> Result<(), IcedError> {
@@ -71,18 +82,18 @@ fn load_gprs(a: &mut CodeAssembler) -> Result<(), IcedError> {
     Ok(())
 }
 
-const XMM: [AsmRegisterXmm; 16] = [
-    xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13, xmm14, xmm15,
-];
-const YMM: [AsmRegisterYmm; 16] = [
-    ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14, ymm15,
-];
+const XMM: [AsmRegisterXmm; 16] =
+    [xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13, xmm14, xmm15];
+const YMM: [AsmRegisterYmm; 16] =
+    [ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14, ymm15];
 const YMM_HIGH: [AsmRegisterYmm; 16] = [
-    ymm16, ymm17, ymm18, ymm19, ymm20, ymm21, ymm22, ymm23, ymm24, ymm25, ymm26, ymm27, ymm28, ymm29, ymm30, ymm31,
+    ymm16, ymm17, ymm18, ymm19, ymm20, ymm21, ymm22, ymm23, ymm24, ymm25, ymm26, ymm27, ymm28, ymm29, ymm30,
+    ymm31,
 ];
 const ZMM: [AsmRegisterZmm; 32] = [
-    zmm0, zmm1, zmm2, zmm3, zmm4, zmm5, zmm6, zmm7, zmm8, zmm9, zmm10, zmm11, zmm12, zmm13, zmm14, zmm15, zmm16,
-    zmm17, zmm18, zmm19, zmm20, zmm21, zmm22, zmm23, zmm24, zmm25, zmm26, zmm27, zmm28, zmm29, zmm30, zmm31,
+    zmm0, zmm1, zmm2, zmm3, zmm4, zmm5, zmm6, zmm7, zmm8, zmm9, zmm10, zmm11, zmm12, zmm13, zmm14, zmm15,
+    zmm16, zmm17, zmm18, zmm19, zmm20, zmm21, zmm22, zmm23, zmm24, zmm25, zmm26, zmm27, zmm28, zmm29, zmm30,
+    zmm31,
 ];
 const MASK: [AsmRegisterK; 8] = [k0, k1, k2, k3, k4, k5, k6, k7];
 
@@ -157,7 +168,11 @@ fn high_again(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.zero_bytes()
 }
 
-fn build(code: &mut CodeMemory, at: u32, f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Result<u32, IcedError> {
+fn build(
+    code: &mut CodeMemory,
+    at: u32,
+    f: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<u32, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     f(&mut a)?;
     let bytes = a.assemble(code.exec(at))?;

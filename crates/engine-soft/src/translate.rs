@@ -9,12 +9,14 @@
 //! may still read, and restored before an instruction that reads them. A target on the same page whose code
 //! overwrites all flags before reading any needs none (peek-ahead).
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M, OpKind, Register, RflagsBits};
+use iced_x86::{
+    Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M, OpKind, Register, RflagsBits,
+};
 use wardian_memory::PAGE_SIZE;
 
 use crate::access::{Site, address_size, is_canonical, operand_segment};
 use crate::blocks::{Block, BlockId, Blocks, Mark};
-use crate::code::{COLD_START, CODE_LEN, CodeMemory, MARGIN};
+use crate::code::{CODE_LEN, COLD_START, CodeMemory, MARGIN};
 use crate::core::{Core, seg};
 use crate::ctx::{self, Leave};
 use crate::decode::{Class, CodeInfo, CodeTable, Field, Raw, Unit};
@@ -27,7 +29,8 @@ use crate::trap::Result;
 pub const MAX_INSNS: usize = 64;
 /// Most instructions that are looked ahead for flags.
 const PEEK: usize = 8;
-const ALL_FLAGS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+const ALL_FLAGS: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
 
 /// Where the architectural flags are while a block is emitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,9 +222,9 @@ impl Translator {
             core.counters.translations += 1;
             core.counters.translated_instructions += ops.len() as u64;
             self.emit(&mut block, &ops, &source, used);
-            let crossing = second.filter(|(_, first)| used > *first).map(|(next, first)| {
-                (next.page as u32, granule_mask(0, used - first))
-            });
+            let crossing = second
+                .filter(|(_, first)| used > *first)
+                .map(|(next, first)| (next.page as u32, granule_mask(0, used - first)));
             let (head, forward) = (block.head, block.page2.is_none());
             let (id, old) = self.blocks.add(block);
             if let Some((page, granules)) = crossing {
@@ -248,7 +251,10 @@ impl Translator {
             if start >= source.len {
                 return;
             }
-            if !ops.is_empty() && !stops.is_empty() && stops.contains(&mode.linear(ip.wrapping_add(start as u64))) {
+            if !ops.is_empty()
+                && !stops.is_empty()
+                && stops.contains(&mode.linear(ip.wrapping_add(start as u64)))
+            {
                 return;
             }
             let insn = decoder.decode();
@@ -264,7 +270,10 @@ impl Translator {
             let class = info.class;
             let mut op = Op {
                 reads: insn.rflags_read() & ALL_FLAGS,
-                kills: (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set() | insn.rflags_undefined())
+                kills: (insn.rflags_written()
+                    | insn.rflags_cleared()
+                    | insn.rflags_set()
+                    | insn.rflags_undefined())
                     & ALL_FLAGS,
                 modifies: insn.rflags_modified() & ALL_FLAGS,
                 insn,
@@ -323,7 +332,9 @@ impl Translator {
                 let target = mode.linear(last.insn.near_branch_target());
                 live_at(self, target)
             }
-            Class::Interpret | Class::Syscall | Class::JmpIndirect | Class::CallIndirect | Class::Ret => ALL_FLAGS,
+            Class::Interpret | Class::Syscall | Class::JmpIndirect | Class::CallIndirect | Class::Ret => {
+                ALL_FLAGS
+            }
             _ => live_at(self, end),
         };
         for op in ops.iter_mut().rev() {
@@ -341,7 +352,8 @@ impl Translator {
         let mut bytes = [0u8; 64];
         let len = (4096 - offset).min(64);
         read_host(host + offset, &mut bytes[..len]);
-        let mut decoder = Decoder::with_ip(mode.bitness(), &bytes[..len], mode.ip(target), DecoderOptions::NONE);
+        let mut decoder =
+            Decoder::with_ip(mode.bitness(), &bytes[..len], mode.ip(target), DecoderOptions::NONE);
         let (mut pending, mut live) = (ALL_FLAGS, 0);
         for _ in 0..PEEK {
             let insn = decoder.decode();
@@ -351,12 +363,20 @@ impl Translator {
             let info = self.table.get(&insn);
             live |= insn.rflags_read() & pending;
             match info.class {
-                Class::Native | Class::Nothing | Class::Lea | Class::PushReg | Class::PushImm | Class::PopReg
+                Class::Native
+                | Class::Nothing
+                | Class::Lea
+                | Class::PushReg
+                | Class::PushImm
+                | Class::PopReg
                 | Class::Leave => {}
                 _ => break,
             }
             if !info.by_cl {
-                pending &= !(insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set() | insn.rflags_undefined());
+                pending &= !(insn.rflags_written()
+                    | insn.rflags_cleared()
+                    | insn.rflags_set()
+                    | insn.rflags_undefined());
             }
             if pending == 0 {
                 return (live, offset + decoder.position());
@@ -492,7 +512,8 @@ fn adapt(insn: &Instruction, info: &mut CodeInfo, mode: Mode) {
     let narrow = |insn: &Instruction| {
         // Stack operations of another size than the mode's own.
         let size = insn.stack_pointer_increment().unsigned_abs();
-        size % if mode.code64() { 8 } else { 4 } != 0 || (insn.op_count() > 0 && insn.op0_register().size() == 2)
+        size % if mode.code64() { 8 } else { 4 } != 0
+            || (insn.op_count() > 0 && insn.op0_register().size() == 2)
     };
     match info.class {
         Class::PushReg | Class::PushImm | Class::PopReg | Class::Leave => {
@@ -511,7 +532,13 @@ fn adapt(insn: &Instruction, info: &mut CodeInfo, mode: Mode) {
             }
         }
         Class::JmpNear | Class::Jcc | Class::Loop | Class::Jrcxz => {
-            let natural = if mode.bitness() == 16 { OpKind::NearBranch16 } else if mode.code64() { OpKind::NearBranch64 } else { OpKind::NearBranch32 };
+            let natural = if mode.bitness() == 16 {
+                OpKind::NearBranch16
+            } else if mode.code64() {
+                OpKind::NearBranch64
+            } else {
+                OpKind::NearBranch32
+            };
             if insn.op0_kind() != natural || counter_size(insn) == 2 {
                 info.class = Class::Interpret;
             }
@@ -536,7 +563,11 @@ fn counter_size(insn: &Instruction) -> usize {
     use iced_x86::Code as C;
     match insn.code() {
         C::Loop_rel8_16_CX | C::Loop_rel8_32_CX | C::Jcxz_rel8_16 | C::Jcxz_rel8_32 => 2,
-        C::Loop_rel8_16_ECX | C::Loop_rel8_32_ECX | C::Loop_rel8_64_ECX | C::Jecxz_rel8_16 | C::Jecxz_rel8_32
+        C::Loop_rel8_16_ECX
+        | C::Loop_rel8_32_ECX
+        | C::Loop_rel8_64_ECX
+        | C::Jecxz_rel8_16
+        | C::Jecxz_rel8_32
         | C::Jecxz_rel8_64 => 4,
         _ => 8,
     }
@@ -917,7 +948,10 @@ impl Emit<'_> {
         let segment = operand_segment(insn, self.mode.code64());
         let add_base = linear && self.mode.based(segment);
         let wide = asize == 8 && wide_result;
-        if base == Register::RIP || base == Register::EIP || (base == Register::None && index == Register::None) {
+        if base == Register::RIP
+            || base == Register::EIP
+            || (base == Register::None && index == Register::None)
+        {
             let mut value = disp;
             if asize == 4 || !code64 {
                 value &= 0xffff_ffff;
@@ -938,7 +972,8 @@ impl Emit<'_> {
                 })
             };
             let b = (base != Register::None).then(|| place(self, base, T0));
-            let i = (index != Register::None).then(|| (place(self, index, T1), insn.memory_index_scale() as u8));
+            let i =
+                (index != Register::None).then(|| (place(self, index, T1), insn.memory_index_scale() as u8));
             self.c.lea(to, b, i, disp as i32, wide);
             if asize == 2 {
                 // movzx to, to16
@@ -1089,7 +1124,8 @@ impl Emit<'_> {
             self.loc = Loc::Both;
         }
         // Give spilled registers a host register.
-        let mut temps: [Option<u8>; 4] = if memory { [Some(T1), None, None, None] } else { [Some(T0), Some(T1), None, None] };
+        let mut temps: [Option<u8>; 4] =
+            if memory { [Some(T1), None, None, None] } else { [Some(T0), Some(T1), None, None] };
         let mut borrowed = 0;
         let own = temps.iter().flatten().count();
         if spills > own {
@@ -1110,7 +1146,8 @@ impl Emit<'_> {
             }
         }
         let host = |guest: u8| {
-            host_of(guest).unwrap_or_else(|| spilled[..spills].iter().find(|s| s.0 == guest).map_or(T1, |s| s.1))
+            host_of(guest)
+                .unwrap_or_else(|| spilled[..spills].iter().find(|s| s.0 == guest).map_or(T1, |s| s.1))
         };
         // A high-byte register forbids REX: everything else must then be in a low register.
         let lender = reg::RSI;
@@ -1248,7 +1285,10 @@ impl Emit<'_> {
                     put(0xf0);
                 }
                 let rex = (raw.rex & 8) | r_bit << 2 | x << 1 | b;
-                let byte_rex = raw.has_rex || op.info.gprs.iter().any(|g| g.byte && g.field != Field::None && regs[g.field as usize].is_some_and(|r| r >= 4)) && !high;
+                let byte_rex = raw.has_rex
+                    || op.info.gprs.iter().any(|g| {
+                        g.byte && g.field != Field::None && regs[g.field as usize].is_some_and(|r| r >= 4)
+                    }) && !high;
                 if rex != 0 || byte_rex {
                     put(0x40 | rex);
                 }

@@ -5,9 +5,7 @@ use std::sync::atomic::Ordering;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use wardian_cpu::bits::rflags;
-use wardian_cpu::{
-    Activity, Answer, CpuModel, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Vcpu,
-};
+use wardian_cpu::{Activity, Answer, CpuModel, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Vcpu};
 use wardian_irq::{Kick, LocalInterrupts};
 use wardian_memory::GuestMemory;
 use wardian_time::{Nanos, RunDelay, TimeBase};
@@ -97,6 +95,12 @@ impl SoftVcpu {
                     let killed = self.translator.invalidate(page as u32, granules);
                     self.core.counters.code_invalidations += killed as u64;
                 }
+                Request::Everything => {
+                    self.forget_code();
+                    self.core.flush_tlb(crate::mmu::Flush::All);
+                    self.shared.post(Request::ForgetCode, Some(&self.mailbox));
+                }
+                Request::ForgetCode => self.forget_code(),
                 Request::BecameCode { page } => {
                     if let Some(host) = self.core.ram_page_host(page)
                         && self.core.mmu.forbid_writes(&mut self.core.ctx, page, host)
@@ -108,6 +112,13 @@ impl SoftVcpu {
             }
         }
         self.letters = letters;
+    }
+
+    /// Drops every translation.
+    fn forget_code(&mut self) {
+        self.core.counters.cache_flushes += 1;
+        self.translator.clear();
+        self.core.mmu.drop_jumps(&mut self.core.ctx);
     }
 
     fn attention(&mut self) {
@@ -205,9 +216,7 @@ impl SoftVcpu {
             }
         }
         if !self.translator.has_room() {
-            self.core.counters.cache_flushes += 1;
-            self.translator.clear();
-            self.core.mmu.drop_jumps(&mut self.core.ctx);
+            self.forget_code();
         }
         self.translator.translate(&mut self.core, linear, self.mode, &self.stops)
     }
@@ -215,11 +224,11 @@ impl SoftVcpu {
     /// Collects the breakpoints; no translation may run into a new one.
     fn update_stops(&mut self) {
         let guest = (0..4).filter_map(|n| sys::control::code_breakpoint(&self.core, n));
-        let unchanged = self.stops.iter().copied().eq(self.debug.breakpoints.iter().copied().chain(guest.clone()));
+        let unchanged =
+            self.stops.iter().copied().eq(self.debug.breakpoints.iter().copied().chain(guest.clone()));
         if !unchanged {
             self.stops = self.debug.breakpoints.iter().copied().chain(guest).collect();
-            self.translator.clear();
-            self.core.mmu.drop_jumps(&mut self.core.ctx);
+            self.forget_code();
         }
     }
 
@@ -285,7 +294,11 @@ impl SoftVcpu {
             return Err(Trap::nm());
         }
         if gated(info.unit, self.mode) {
-            return Err(if self.mode.fpu_off() && !self.mode.sse_off() { Trap::nm() } else { self.gate_fault(info.unit) });
+            return Err(if self.mode.fpu_off() && !self.mode.sse_off() {
+                Trap::nm()
+            } else {
+                self.gate_fault(info.unit)
+            });
         }
         Ok(insn)
     }
@@ -296,7 +309,9 @@ impl SoftVcpu {
         let cr0 = self.core.sys.cr0;
         match unit {
             Unit::X87 => Trap::nm(),
-            Unit::Sse if cr0 & cr0::EM == 0 && self.core.sys.cr4 & wardian_cpu::bits::cr4::OSFXSR != 0 => Trap::nm(),
+            Unit::Sse if cr0 & cr0::EM == 0 && self.core.sys.cr4 & wardian_cpu::bits::cr4::OSFXSR != 0 => {
+                Trap::nm()
+            }
             Unit::Avx if !self.mode.avx_off() => Trap::nm(),
             Unit::Evex if !self.mode.evex_off() => Trap::nm(),
             _ => Trap::ud(),
@@ -316,7 +331,10 @@ impl SoftVcpu {
             self.translator.invalidate(page, 1 << (linear >> 6 & 63));
             return Ok(());
         }
-        self.loads_ss = matches!(insn.mnemonic(), iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Pop | iced_x86::Mnemonic::Lss);
+        self.loads_ss = matches!(
+            insn.mnemonic(),
+            iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Pop | iced_x86::Mnemonic::Lss
+        );
         sys::interpret(&mut self.core, &insn)
     }
 

@@ -352,7 +352,10 @@ fn gathers_and_scatters() {
     assert_eq!((s.gpr[7], s.gpr[6]), (0, 0));
     let chosen = |n: usize| 0x00f3 >> n & 1 != 0;
     let element = |n: usize| 0x0101_0101 * n as u32;
-    assert_eq!(g.u32s::<16>(DATA + 0x2000), std::array::from_fn(|n| if chosen(n) { element(n) } else { u32::MAX }));
+    assert_eq!(
+        g.u32s::<16>(DATA + 0x2000),
+        std::array::from_fn(|n| if chosen(n) { element(n) } else { u32::MAX })
+    );
     let mut expected = [0; 16];
     (expected[2], expected[15]) = (2, 15);
     assert_eq!(g.u32s::<16>(DATA + 0x2040), expected);
@@ -373,7 +376,10 @@ fn a_faulting_element_keeps_those_before_it() {
     let Some((seen, g, s)) = fault(gather) else { return };
     assert_eq!(seen, (HOLE, 0));
     assert_eq!(image_mask(&s, 1), 0b1_1000);
-    assert_eq!(image_zmm(&s, 16)[..20], [0, 0, 0, 0, 255, 255, 255, 255, 0, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255]);
+    assert_eq!(
+        image_zmm(&s, 16)[..20],
+        [0, 0, 0, 0, 255, 255, 255, 255, 0, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255]
+    );
     drop(g);
     let scatter = |a: &mut CodeAssembler| {
         count_up(a);
@@ -411,7 +417,10 @@ fn compressing_stores_and_expanding_loads() {
     g.run_to_halt();
     assert_eq!(g.u32s::<4>(HOLE - 16), [1, 4, 13, 15]);
     let kept = [1, 4, 13, 15];
-    assert_eq!(g.u32s::<16>(DATA + 0x2000), std::array::from_fn(|n| if kept.contains(&n) { n as u32 } else { 0 }));
+    assert_eq!(
+        g.u32s::<16>(DATA + 0x2000),
+        std::array::from_fn(|n| if kept.contains(&n) { n as u32 } else { 0 })
+    );
     assert_eq!(g.u32s::<5>(DATA + 0x2040), [1, 4, 13, 15, 0]);
 }
 
@@ -436,8 +445,9 @@ fn image_zmm(s: &CpuState, n: usize) -> [u8; 64] {
 }
 
 const ZMM: [AsmRegisterZmm; 32] = [
-    zmm0, zmm1, zmm2, zmm3, zmm4, zmm5, zmm6, zmm7, zmm8, zmm9, zmm10, zmm11, zmm12, zmm13, zmm14, zmm15, zmm16,
-    zmm17, zmm18, zmm19, zmm20, zmm21, zmm22, zmm23, zmm24, zmm25, zmm26, zmm27, zmm28, zmm29, zmm30, zmm31,
+    zmm0, zmm1, zmm2, zmm3, zmm4, zmm5, zmm6, zmm7, zmm8, zmm9, zmm10, zmm11, zmm12, zmm13, zmm14, zmm15,
+    zmm16, zmm17, zmm18, zmm19, zmm20, zmm21, zmm22, zmm23, zmm24, zmm25, zmm26, zmm27, zmm28, zmm29, zmm30,
+    zmm31,
 ];
 const MASKS: [AsmRegisterK; 8] = [k0, k1, k2, k3, k4, k5, k6, k7];
 

@@ -98,7 +98,8 @@ impl GuestMemory {
             .map_err(|e| map_error(&e))?;
             host[slot] = map.as_ptr() as usize;
             built.push(
-                GuestRegionMmap::new(map, GuestAddress(base)).ok_or_else(|| map_error(&"address overflow"))?,
+                GuestRegionMmap::new(map, GuestAddress(base))
+                    .ok_or_else(|| map_error(&"address overflow"))?,
             );
         }
         let ram = Ram::from_regions(built).map_err(|e| MemoryError::Map(e.to_string()))?;

@@ -172,6 +172,12 @@ impl TimeBase {
     /// The kvmclock record that describes this base (the same for every vCPU).
     #[must_use]
     pub fn pvclock(&self) -> PvClock {
-        PvClock { tsc_timestamp: 0, system_time: Nanos(0), scale: self.scale, stable: true, guest_stopped: false }
+        PvClock {
+            tsc_timestamp: 0,
+            system_time: Nanos(0),
+            scale: self.scale,
+            stable: true,
+            guest_stopped: false,
+        }
     }
 }

@@ -50,8 +50,7 @@ fn pair() -> (u64, Instant) {
             (after - before, before + (after - before) / 2, at)
         })
         .min_by_key(|sample| sample.0)
-        .map(|(_, tsc, at)| (tsc, at))
-        .unwrap_or((tsc(), Instant::now()))
+        .map_or_else(|| (tsc(), Instant::now()), |(_, tsc, at)| (tsc, at))
 }
 
 fn measured_hz() -> u64 {

@@ -15,9 +15,9 @@ mod base;
 mod host;
 pub mod paravirt;
 mod queue;
-mod tick;
 #[cfg(test)]
 mod tests;
+mod tick;
 
 pub use base::{ResumePolicy, TimeBase};
 pub use host::{RunDelay, set_timer_slack};

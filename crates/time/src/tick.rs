@@ -55,13 +55,10 @@ impl Tick {
             return false;
         };
         self.delivered += 1;
-        if self.period.0 == 0 {
-            self.next = None;
-        } else {
-            let behind = (now.0 - next.0) / self.period.0;
+        self.next = (now.0 - next.0).checked_div(self.period.0).map(|behind| {
             self.missed += behind;
-            self.next = Some(next.saturating_add(Nanos((behind + 1).saturating_mul(self.period.0))));
-        }
+            next.saturating_add(Nanos((behind + 1).saturating_mul(self.period.0)))
+        });
         true
     }
 

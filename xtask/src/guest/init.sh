@@ -28,7 +28,8 @@ for tty in $(cat /sys/class/tty/console/active); do
 done
 if [ -n "$script" ]; then
     echo "$script" | base64 -d > /run/wardian.sh
-    setsid -c -w sh /run/wardian.sh < $console > $console 2>&1
+    # The end of the session hangs the terminal up, which drops what is not sent yet: stty waits for it.
+    setsid -c -w sh -c 'sh /run/wardian.sh; s=$?; stty opost; exit $s' < $console > $console 2>&1
     status=$?
     read -r up rest < /proc/uptime
     echo "WARDIAN-EXIT $status $up"
