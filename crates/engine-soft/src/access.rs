@@ -548,8 +548,8 @@ impl Core {
     }
 }
 
-macro_rules! scalar_access {
-    ($($read:ident $write:ident $t:ty),*) => {
+macro_rules! scalar_reads {
+    ($($read:ident $t:ty),*) => {
         impl Core {
             $(
                 /// Reads a little-endian scalar.
@@ -561,6 +561,16 @@ macro_rules! scalar_access {
                     self.read(linear, &mut bytes, privilege)?;
                     Ok(<$t>::from_le_bytes(bytes))
                 }
+            )*
+        }
+    };
+}
+scalar_reads!(read_u16 u16, read_u32 u32, read_u64 u64);
+
+macro_rules! scalar_writes {
+    ($($write:ident $t:ty),*) => {
+        impl Core {
+            $(
                 /// Writes a little-endian scalar.
                 ///
                 /// # Errors
@@ -572,7 +582,7 @@ macro_rules! scalar_access {
         }
     };
 }
-scalar_access!(read_u8 write_u8 u8, read_u16 write_u16 u16, read_u32 write_u32 u32, read_u64 write_u64 u64);
+scalar_writes!(write_u8 u8, write_u16 u16);
 
 /// The runs of set bits in `active`, split at bit `first`.
 fn runs(active: u64, first: usize) -> impl Iterator<Item = std::ops::Range<usize>> {

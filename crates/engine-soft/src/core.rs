@@ -84,8 +84,6 @@ pub enum Privilege {
     /// Implicit supervisor access: descriptor tables, TSS, IDT, and stack frames pushed to inner rings. Obeys
     /// SMAP regardless of EFLAGS.AC.
     Supervisor,
-    /// As user mode (for frames that IRET pops etc. use `Current`).
-    User,
 }
 
 /// One software processor.

@@ -12,7 +12,6 @@ pub mod reg {
     pub const RAX: u8 = 0;
     pub const RCX: u8 = 1;
     pub const RSI: u8 = 6;
-    pub const RDI: u8 = 7;
     /// Guest RBP.
     pub const GBP: u8 = 12;
     /// First temporary.

@@ -327,7 +327,6 @@ impl Core {
         let user = match privilege {
             Privilege::Current => self.sys.cpl == 3,
             Privilege::Supervisor => false,
-            Privilege::User => true,
         };
         if self.sys.cr0 & cr0::PG == 0 {
             let gpa = linear & 0xffff_ffff;

@@ -62,6 +62,7 @@ impl Op {
 }
 
 /// What a cold stub does.
+#[derive(Clone, Copy)]
 enum Cold {
     Access {
         /// Displacement of the `ja` (or `jmp`) that leads here.
@@ -258,15 +259,14 @@ impl Translator {
                 return;
             }
             let insn = decoder.decode();
-            let info;
-            if insn.is_invalid() {
+            let info = if insn.is_invalid() {
                 if decoder.last_error() == DecoderError::NoMoreBytes && source.len - start < 15 {
                     return;
                 }
-                info = CodeInfo { class: Class::Interpret, ..CodeInfo::default() };
+                CodeInfo { class: Class::Interpret, ..CodeInfo::default() }
             } else {
-                info = treatment(&mut self.table, &insn, mode);
-            }
+                treatment(&mut self.table, &insn, mode)
+            };
             let class = info.class;
             let mut op = Op {
                 reads: insn.rflags_read() & ALL_FLAGS,
@@ -325,7 +325,7 @@ impl Translator {
             range.1 = range.1.max(end);
             live
         };
-        let Some(last) = ops.last() else { return None };
+        let last = ops.last()?;
         let end = mode.linear(mode.ip(linear).wrapping_add((last.start + last.insn.len()) as u64));
         let mut live = match last.info.class {
             Class::JmpNear | Class::CallNear => {
@@ -509,52 +509,31 @@ pub fn treatment(table: &mut CodeTable, insn: &Instruction, mode: Mode) -> CodeI
 
 /// Takes back classes that the mode does not allow to be emitted.
 fn adapt(insn: &Instruction, info: &mut CodeInfo, mode: Mode) {
-    let narrow = |insn: &Instruction| {
-        // Stack operations of another size than the mode's own.
-        let size = insn.stack_pointer_increment().unsigned_abs();
-        size % if mode.code64() { 8 } else { 4 } != 0
-            || (insn.op_count() > 0 && insn.op0_register().size() == 2)
-    };
-    match info.class {
+    let emitted = match info.class {
         Class::PushReg | Class::PushImm | Class::PopReg | Class::Leave => {
-            if !mode.stack_native() || narrow(insn) || operand16(insn) {
-                info.class = Class::Interpret;
-            }
+            // Only stack operations of the mode's own size.
+            let moved = insn.stack_pointer_increment().unsigned_abs();
+            let word = insn.op_count() > 0 && insn.op0_register().size() == 2;
+            let own = moved.is_multiple_of(if mode.code64() { 8 } else { 4 });
+            mode.stack_native() && own && !word && !operand16(insn)
         }
-        Class::CallNear | Class::CallIndirect | Class::Ret => {
-            if !mode.stack_native() || operand16(insn) {
-                info.class = Class::Interpret;
-            }
-        }
-        Class::JmpIndirect => {
-            if !mode.near_native() || operand16(insn) {
-                info.class = Class::Interpret;
-            }
-        }
+        Class::CallNear | Class::CallIndirect | Class::Ret => mode.stack_native() && !operand16(insn),
+        Class::JmpIndirect => mode.near_native() && !operand16(insn),
         Class::JmpNear | Class::Jcc | Class::Loop | Class::Jrcxz => {
-            let natural = if mode.bitness() == 16 {
-                OpKind::NearBranch16
-            } else if mode.code64() {
-                OpKind::NearBranch64
-            } else {
-                OpKind::NearBranch32
+            let natural = match mode.bitness() {
+                16 => OpKind::NearBranch16,
+                32 => OpKind::NearBranch32,
+                _ => OpKind::NearBranch64,
             };
-            if insn.op0_kind() != natural || counter_size(insn) == 2 {
-                info.class = Class::Interpret;
-            }
+            insn.op0_kind() == natural && counter_size(insn) != 2
         }
-        Class::Native => {
-            let memory = info.mem_read || info.mem_write;
-            let size = insn.memory_size().size();
-            if memory && !crate::access::SIZES.contains(&(size as u16)) {
-                info.class = Class::Interpret;
-            }
-            // High-byte registers with a vector or spilled partner never occur; LOCK on a register is #UD.
-            if memory && insn.is_vsib() {
-                info.class = Class::Interpret;
-            }
+        Class::Native if info.mem_read || info.mem_write => {
+            crate::access::SIZES.contains(&(insn.memory_size().size() as u16)) && !insn.is_vsib()
         }
-        _ => {}
+        _ => true,
+    };
+    if !emitted {
+        info.class = Class::Interpret;
     }
 }
 

@@ -181,7 +181,7 @@ impl SoftVcpu {
             let total = self.delay.as_ref().map_or(Nanos(0), RunDelay::read);
             let stolen = total.saturating_sub(self.told);
             self.told = total;
-            sys::paravirt::refresh(&mut self.core, stolen, stopped);
+            sys::paravirt::refresh(&self.core, stolen, stopped);
         }
     }
 
@@ -578,7 +578,7 @@ impl Vcpu for SoftVcpu {
 
     fn state(&mut self) -> CpuState {
         fpu::complete(&mut self.core);
-        state::save(&mut self.core)
+        state::save(&self.core)
     }
 
     fn set_state(&mut self, new: &CpuState) -> std::result::Result<(), EngineError> {
