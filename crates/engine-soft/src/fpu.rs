@@ -79,13 +79,18 @@ pub fn carries_avx512() -> bool {
     avx512_layout().is_some()
 }
 
+/// Without an early end, so that it is done many bytes at a time.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().fold(0, |all, byte| all | byte) == 0
+}
+
 /// Chooses the width of vector registers 0-15 by XCR0 and what they hold.
 pub fn set_width(core: &mut Core) {
     let xcr0 = core.sys.xcr0;
     let ctx = core.ctx.get_mut();
     ctx.vec_mode = if xcr0 & 4 == 0 {
         0
-    } else if xcr0 & 0xe0 != 0 && ctx.vec.iter().any(|v| v[32..] != [0; 32]) {
+    } else if xcr0 & 0xe0 != 0 && ctx.vec.iter().any(|v| !is_zero(&v[32..])) {
         2
     } else {
         1
@@ -116,7 +121,7 @@ pub fn complete(core: &mut Core) {
             let (value, at, bit) =
                 if n < 16 { (&vec[32..], upper + n * 32, 6) } else { (&vec[..], last + (n - 16) * 64, 7) };
             ctx.xsave[at..at + value.len()].copy_from_slice(value);
-            used |= u8::from(value.iter().any(|byte| *byte != 0)) << bit;
+            used |= u8::from(!is_zero(value)) << bit;
         }
         ctx.xsave[512] |= used;
     }

@@ -89,7 +89,7 @@ fn each(core: &mut Core, insn: &Instruction, index_size: usize, size: usize, sca
     let place = Indexed::of(core, insn);
     let indices = vec(core, index);
     let mut value = vec(core, data);
-    let mut mask = core.c().mask[k.number()] & (u64::MAX >> (64 - count));
+    let mut mask = core.c().mask[k.number()];
     let mut result = Ok(());
     for n in 0..count {
         if mask >> n & 1 == 0 {
@@ -114,7 +114,8 @@ fn each(core: &mut Core, insn: &Instruction, index_size: usize, size: usize, sca
             }
         }
     }
-    core.ctx.get_mut().mask[k.number()] = mask;
+    // The bits above the elements are cleared when all are done.
+    core.ctx.get_mut().mask[k.number()] = if result.is_ok() { 0 } else { mask };
     if !scatter {
         // What comes after the elements is cleared when all are done; until then it stays.
         let len = if result.is_ok() { count * size } else { 64 };
