@@ -1,0 +1,383 @@
+//! Emission of control flow: jumps and their chaining, stack operations, TLB probes and the cold stubs behind them.
+
+use iced_x86::{Instruction, Mnemonic as M};
+
+use super::native::raw;
+use super::{ALL_FLAGS, Cold, Emit, Loc, Next, Op, Source, counter_size};
+use crate::access::Site;
+use crate::blocks::Mark;
+use crate::core::seg;
+use crate::ctx::{self, Leave};
+use crate::decode::{Class, Field};
+use crate::emit::{host_of, reg, reg::T0, reg::T1, scratch, slot};
+impl Emit<'_> {
+    /// `mov r13, rip; jmp leave`.
+    pub(super) fn leave(&mut self, why: Leave, rip: u64) {
+        self.c.mov_imm(T0, rip);
+        let target = self.thunks.leave[why as usize];
+        self.c.jmp(target);
+    }
+
+    pub(super) fn save_if(&mut self, live: u32) {
+        if live != 0 && self.loc == Loc::Eflags {
+            self.c.save_flags();
+            self.loc = Loc::Both;
+        }
+    }
+
+    /// Before flags are clobbered: keep what is live.
+    pub(super) fn clobber(&mut self, live: u32) {
+        self.save_if(live);
+        self.loc = Loc::Slot;
+    }
+
+    /// Ends a path: to `target` with `live` flags wanted there.
+    pub(super) fn go(&mut self, target: u64, live: u32) {
+        self.save_if(live);
+        if self.mode.single() {
+            self.leave(Leave::Completed, target);
+        } else if self.chainable && target & !0xfff == self.page_linear {
+            // Patched to the target once that exists.
+            self.c.put(&[0xe9, 0, 0, 0, 0]);
+            let site = self.c.pos() - 4;
+            self.cold.push(Cold::Edge { site, target, save: false });
+        } else {
+            self.c.mov_imm(T0, target);
+            self.c.jump_slot(ctx::jumps(self.mode.view()), ctx::jump_slot(target));
+        }
+    }
+
+    /// Emits one instruction; says whether it ended the block.
+    pub(super) fn op(&mut self, op: &Op, source: &Source) -> bool {
+        let insn = &op.insn;
+        let rip = self.mode.linear(insn.ip());
+        let next = self.mode.linear(insn.next_ip());
+        match op.info.class {
+            Class::Unknown | Class::Interpret => {
+                self.save_if(ALL_FLAGS);
+                self.leave(Leave::Interpret, rip);
+                return true;
+            }
+            Class::Syscall => {
+                self.save_if(ALL_FLAGS);
+                self.leave(if self.mode.single() { Leave::Interpret } else { Leave::Syscall }, rip);
+                return true;
+            }
+            Class::Nothing => {
+                if insn.mnemonic() == M::Pause {
+                    self.c.put(&[0xf3, 0x90]);
+                }
+            }
+            Class::Lea => self.lea(op),
+            Class::JmpNear => {
+                self.go(self.mode.linear(insn.near_branch_target()), op.live_after);
+                return true;
+            }
+            Class::Jcc => {
+                if self.loc == Loc::Slot {
+                    self.c.restore_flags();
+                    self.loc = Loc::Both;
+                }
+                let cc = insn.condition_code() as u8;
+                self.c.put(&[0x0f, 0x80 | condition(cc)]);
+                self.side_exit(self.mode.linear(insn.near_branch_target()), op.live_taken);
+            }
+            Class::Loop | Class::Jrcxz => {
+                let wide = counter_size(insn);
+                if op.info.class == Class::Loop {
+                    self.c.lea(reg::RCX, Some(reg::RCX), None, -1, wide == 8);
+                }
+                // jrcxz taken (2+2 bytes); jmp over; taken: jmp edge
+                let prefix: &[u8] = if wide == 4 { &[0x67] } else { &[] };
+                self.c.put(prefix);
+                if op.info.class == Class::Loop {
+                    self.c.put(&[0xe3, 5]); // zero: do not loop
+                    self.c.put(&[0xe9]);
+                    self.side_exit(self.mode.linear(insn.near_branch_target()), op.live_taken);
+                } else {
+                    self.c.put(&[0xe3, 2, 0xeb, 5, 0xe9]);
+                    self.side_exit(self.mode.linear(insn.near_branch_target()), op.live_taken);
+                }
+            }
+            Class::PushReg => {
+                let guest = raw(op, source, self.mode).field(Field::Opcode);
+                self.push(op, rip, Next::Linear(next), |e| match host_of(guest) {
+                    Some(host) => e.pair_store(host),
+                    None => {
+                        e.c.merge();
+                        e.c.load(T1, slot(guest));
+                        e.single_store(T1);
+                    }
+                });
+            }
+            Class::PushImm => {
+                let value = push_value(insn);
+                self.push(op, rip, Next::Linear(next), |e| e.pair_store_imm(value));
+            }
+            Class::PopReg => {
+                let guest = raw(op, source, self.mode).field(Field::Opcode);
+                let size = self.stack_size();
+                self.top_of_stack();
+                self.check(op.live_before(), rip, size, true, false, seg::SS, None);
+                match host_of(guest) {
+                    Some(reg::GSP) => self.pair_load(reg::GSP),
+                    Some(host) => {
+                        self.pair_load(host);
+                        self.bump_sp(size as i32);
+                    }
+                    None => {
+                        self.pair_load(T1);
+                        self.c.store(slot(guest), T1);
+                        self.bump_sp(size as i32);
+                    }
+                }
+            }
+            Class::Leave => {
+                let size = self.stack_size();
+                let wide = self.mode.code64();
+                if wide {
+                    self.c.mov(T0, reg::GBP);
+                } else {
+                    self.c.mov32(T0, reg::GBP);
+                }
+                self.check(op.live_before(), rip, size, true, false, seg::SS, None);
+                self.c.lea(reg::GSP, Some(reg::GBP), None, size as i32, wide);
+                self.pair_load(reg::GBP);
+            }
+            Class::CallNear => {
+                let target = self.mode.linear(insn.near_branch_target());
+                self.push(op, rip, Next::Linear(target), |e| e.pair_store_imm(insn.next_ip()));
+                self.go(target, op.live_after);
+                return true;
+            }
+            Class::CallIndirect => {
+                self.branch_operand(op, source, rip);
+                self.c.store(scratch(0), T0);
+                self.push(op, rip, Next::Scratch, |e| e.pair_store_imm(insn.next_ip()));
+                self.c.load(T0, scratch(0));
+                self.go_indirect(-8);
+                return true;
+            }
+            Class::JmpIndirect => {
+                self.branch_operand(op, source, rip);
+                self.go_indirect(0);
+                return true;
+            }
+            Class::Ret => {
+                let size = self.stack_size();
+                let extra = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
+                self.clobber(ALL_FLAGS);
+                self.top_of_stack();
+                self.check(0, rip, size, true, false, seg::SS, None);
+                self.pair_load(T0);
+                self.bump_sp(size as i32 + extra);
+                self.go_indirect(size as i32 + extra);
+                return true;
+            }
+            Class::Native => self.native(op, source, rip, next),
+        }
+        false
+    }
+
+    /// After the opcode of a jump was emitted: its displacement, leading to `target`.
+    pub(super) fn side_exit(&mut self, target: u64, live: u32) {
+        let site = self.c.pos();
+        self.c.put(&[0; 4]);
+        let save = live != 0 && self.loc == Loc::Eflags;
+        self.cold.push(Cold::Edge { site, target, save });
+    }
+
+    /// To the linear address in R13. Flags that are live must have been saved.
+    pub(super) fn go_indirect(&mut self, moved: i32) {
+        self.moved = moved;
+        self.save_if(ALL_FLAGS);
+        if self.mode.single() {
+            let target = self.thunks.leave[Leave::Completed as usize];
+            self.c.jmp(target);
+        } else {
+            if self.mode.code64() {
+                self.c.note_source(self.id);
+            }
+            self.c.jump_indirect(ctx::jumps(self.mode.view()));
+        }
+    }
+
+    pub(super) fn stack_size(&self) -> usize {
+        if self.mode.code64() { 8 } else { 4 }
+    }
+
+    /// Address of the top of the stack into R13.
+    pub(super) fn top_of_stack(&mut self) {
+        if self.mode.code64() {
+            self.c.mov(T0, reg::GSP);
+        } else {
+            self.c.mov32(T0, reg::GSP);
+        }
+    }
+
+    pub(super) fn bump_sp(&mut self, by: i32) {
+        self.c.lea(reg::GSP, Some(reg::GSP), None, by, self.mode.code64());
+    }
+
+    /// `mov [r14 + r13], host` of the stack's size.
+    pub(super) fn pair_store(&mut self, host: u8) {
+        let w = u8::from(self.mode.code64()) << 3;
+        self.c.put(&[0x43 | w | (host >> 3) << 2, 0x89, (host & 7) << 3 | 4, 0x2e]);
+    }
+    /// `mov host, [r14 + r13]`, zero-extended.
+    pub(super) fn pair_load(&mut self, host: u8) {
+        let w = u8::from(self.mode.code64()) << 3;
+        self.c.put(&[0x43 | w | (host >> 3) << 2, 0x8b, (host & 7) << 3 | 4, 0x2e]);
+    }
+    /// `mov [r13], host`.
+    pub(super) fn single_store(&mut self, host: u8) {
+        let w = u8::from(self.mode.code64()) << 3;
+        self.c.put(&[0x41 | w | (host >> 3) << 2, 0x89, 0x45 | (host & 7) << 3, 0]);
+    }
+    pub(super) fn pair_store_imm(&mut self, value: u64) {
+        if !self.mode.code64() || value as i64 == i64::from(value as i32) {
+            let w = u8::from(self.mode.code64()) << 3;
+            self.c.put(&[0x43 | w, 0xc7, 0x04, 0x2e]);
+            self.c.put(&(value as u32).to_le_bytes());
+        } else {
+            self.c.merge();
+            self.c.mov_imm(T1, value);
+            self.single_store(T1);
+        }
+    }
+
+    /// A push: check, `store`, move the stack pointer.
+    pub(super) fn push(&mut self, op: &Op, rip: u64, next: Next, store: impl Fn(&mut Self)) {
+        let size = self.stack_size();
+        let live = if op.info.class == Class::CallIndirect { ALL_FLAGS } else { op.live_before() };
+        self.c.lea(T0, Some(reg::GSP), None, -(size as i32), self.mode.code64());
+        let index = self.check(live, rip, size, false, true, seg::SS, None);
+        store(self);
+        self.bump_sp(-(size as i32));
+        self.finish(index, next, op.live_after);
+    }
+
+    /// Probes the linear address (or the offset, in a segment that is not flat) in R13. Returns the number of the cold
+    /// item, whose tail is set by [`Emit::finish`] for writes.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn check(
+        &mut self,
+        live: u32,
+        rip: u64,
+        size: usize,
+        read: bool,
+        write: bool,
+        segment: usize,
+        checked: Option<()>,
+    ) -> usize {
+        self.clobber(live);
+        let checked = checked.is_some();
+        let access = Site::new(rip, size, read, write, segment, checked).unwrap_or(Site(rip));
+        let view = self.mode.view();
+        let tag = if write { ctx::tag_write(view) } else { ctx::tag_read(view) };
+        let site = if checked {
+            self.c.put(&[0xe9]);
+            let site = self.c.pos();
+            self.c.put(&[0; 4]);
+            site
+        } else {
+            self.c.probe(size as u16, tag, ctx::addend(view))
+        };
+        let back = self.c.pos();
+        self.cold.push(Cold::Access { site, access, tag: (!checked).then_some(tag), back, tail: None });
+        self.cold.len() - 1
+    }
+
+    /// Everything that must be repeated when the write of cold item `index` is slow has been emitted.
+    pub(super) fn finish(&mut self, index: usize, next: Next, live: u32) {
+        let end = self.c.pos();
+        let save = live != 0 && self.loc == Loc::Eflags;
+        if let Cold::Access { tail, .. } = &mut self.cold[index] {
+            *tail = Some((end, next, save));
+        }
+    }
+
+    pub(super) fn cold_stub(&mut self, item: Cold) {
+        let here = self.c.pos();
+        match item {
+            Cold::High { site, back } => {
+                self.c.memory().patch(site, here);
+                let load = self.thunks.load_high;
+                self.c.call(load);
+                self.c.jmp(back);
+            }
+            Cold::Edge { site, target, save } => {
+                self.c.memory().patch(site, here);
+                self.loc = Loc::Eflags;
+                let mut chain = site;
+                if save {
+                    self.c.save_flags();
+                }
+                if self.mode.single() {
+                    self.leave(Leave::Completed, target);
+                    return;
+                }
+                if !(self.chainable && target & !0xfff == self.page_linear) {
+                    self.c.mov_imm(T0, target);
+                    self.c.jump_slot(ctx::jumps(self.mode.view()), ctx::jump_slot(target));
+                    return;
+                }
+                if save {
+                    self.c.put(&[0xe9, 0, 0, 0, 0]); // to the next instruction until chained
+                    chain = self.c.pos() - 4;
+                }
+                self.c.mov_imm(T0, target);
+                self.c.mov_imm(T1, u64::from(chain));
+                let leave = self.thunks.leave[Leave::Chain as usize];
+                self.c.jmp(leave);
+            }
+            Cold::Access { site, access, tag, back, tail } => {
+                self.c.memory().patch(site, here);
+                if let Some(tag) = tag {
+                    self.c.xor_tag(tag);
+                }
+                self.c.put(&[0x49, 0xbe]); // mov r14, imm64
+                self.c.put(&access.0.to_le_bytes());
+                let slow = self.thunks.slow;
+                self.c.call(slow);
+                self.c.jmp(back);
+                if let Some((end, next, save)) = tail {
+                    let at = self.c.pos();
+                    let bytes = self.c.memory().bytes(back, end - back).to_vec();
+                    for chunk in bytes.chunks(16) {
+                        self.c.put(chunk);
+                    }
+                    let moved: Vec<Mark> = self
+                        .marks
+                        .iter()
+                        .filter(|m| (back..end).contains(&m.host))
+                        .map(|m| Mark { host: m.host - back + at, ..*m })
+                        .collect();
+                    self.cold_marks.extend(moved);
+                    let commit = self.thunks.commit;
+                    self.c.call(commit);
+                    self.c.jmp(end);
+                    if save {
+                        self.c.save_flags();
+                    }
+                    match next {
+                        Next::Linear(rip) => self.c.mov_imm(T0, rip),
+                        Next::Scratch => self.c.load(T0, scratch(0)),
+                    }
+                    let leave = self.thunks.leave[Leave::Completed as usize];
+                    self.c.jmp(leave);
+                }
+            }
+        }
+    }
+}
+
+/// Value that a PUSH of an immediate stores, sign-extended.
+pub(super) fn push_value(insn: &Instruction) -> u64 {
+    insn.immediate(0)
+}
+
+/// iced's condition code (1 = overflow ...) to the processor's (0 = overflow ...).
+pub(super) fn condition(cc: u8) -> u8 {
+    cc.wrapping_sub(1) & 15
+}
