@@ -60,9 +60,7 @@ impl Debian {
         let mut guest = Debian::shell(kernel)?;
         // Only what is worse than a warning goes to the console, so that it does not go between the answers.
         guest.command_line += " quiet";
-        // The terminal is hung up when its session's leader ends, and Linux then drops what it has not sent:
-        // stty waits until everything is.
-        guest.script = Some(format!("trap 'stty onlcr' EXIT\n{script}"));
+        guest.script = Some(script.to_owned());
         Ok(guest)
     }
 
