@@ -55,6 +55,7 @@ const MESSAGES: u32 = 4;
 const CROSS_CODE: u32 = 5;
 const SHOOTDOWN: u32 = 6;
 const ONE_CLOCK: u32 = 7;
+const TEXT_POKE: u32 = 8;
 
 fn number() -> usize {
     let id = apic::id();
@@ -139,6 +140,7 @@ fn main() {
     together(MESSAGES, others, send_messages);
     eq("messages: flag before data", 0, BAD.load(SeqCst));
     cross_code(others);
+    text_poke(others);
     shootdown(others);
     together(ONE_CLOCK, others, || watch_clock(0));
     eq("TSC steps back between processors", 0, BAD.load(SeqCst));
@@ -169,6 +171,16 @@ fn other(step: u32, me: usize) {
                 }
                 last = now;
                 ANSWER.store(now, SeqCst);
+            }
+        }
+        TEXT_POKE => {
+            // SAFETY: a function lies there as long as the step lasts.
+            let f: extern "C" fn() -> u32 = unsafe { core::mem::transmute(CODE.load(SeqCst)) };
+            while !STOP.load(SeqCst) {
+                if f() != 5 {
+                    BAD.fetch_add(1, SeqCst);
+                }
+                ANSWER.fetch_add(1, SeqCst);
             }
         }
         SHOOTDOWN => {
@@ -406,6 +418,39 @@ fn cross_code(others: u32) {
     });
     check("code from another processor is seen", good);
     eq("code from another processor: old after new, or torn", 0, BAD.load(SeqCst));
+}
+
+/// One processor puts INT3 over a two-byte NOP and takes it away again, as kernels do to patch themselves, while the
+/// other runs over it: it meets the NOP or the breakpoint, never anything else.
+fn text_poke(others: u32) {
+    let frame = page::fresh();
+    // nop (66 90); mov eax, 5; ret.
+    for (i, byte) in [0x66u8, 0x90, 0xb8, 5, 0, 0, 0, 0xc3].into_iter().enumerate() {
+        // SAFETY: a fresh page.
+        unsafe { ((frame + i as u64) as *mut u8).write_volatile(byte) };
+    }
+    // Behind INT3 lies the second byte of the NOP.
+    trap::handle(3, Some(|frame| frame.rip += 1));
+    CODE.store(frame, SeqCst);
+    BAD.store(0, SeqCst);
+    ANSWER.store(0, SeqCst);
+    STOP.store(false, SeqCst);
+    together(TEXT_POKE, others, || {
+        while ANSWER.load(SeqCst) == 0 {
+            core::hint::spin_loop();
+        }
+        for i in 0..4000u32 {
+            let byte = if i % 2 == 0 { 0xcc } else { 0x66 };
+            // SAFETY: as above.
+            unsafe { (frame as *mut u8).write_volatile(byte) };
+            for _ in 0..i % 50 {
+                core::hint::spin_loop();
+            }
+        }
+        STOP.store(true, SeqCst);
+    });
+    trap::handle(3, None);
+    eq("breakpoints come and go: wrong results", 0, BAD.load(SeqCst));
 }
 
 fn shootdown(others: u32) {
