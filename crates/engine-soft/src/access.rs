@@ -478,10 +478,11 @@ impl Core {
         let mut gpa = [0; 2];
         for (n, part) in [active & below, active & !below].into_iter().enumerate() {
             if part != 0 {
-                // Where processors see the fault: stores into a second page at their last byte.
-                let skip = u64::from(if write && n == 1 { 63 - part.leading_zeros() } else { part.trailing_zeros() });
+                // Where processors see the fault: vector stores into a second page at their last byte.
+                let last = write && n == 1 && size > 8;
+                let skip = u64::from(if last { 63 - part.leading_zeros() } else { part.trailing_zeros() });
                 let t = self.walk(self.wrap(linear, skip as usize), want, Privilege::Current)?;
-                gpa[n] = t.gpa - skip + if n == 1 { first as u64 } else { 0 };
+                gpa[n] = t.gpa + if n == 1 { first as u64 } else { 0 } - skip;
             }
         }
         if first == size && self.mem.page(Gpa(gpa[0])).is_some() {

@@ -25,8 +25,11 @@ pub fn active_bytes(core: &mut Core, rip: u64, size: usize) -> Option<u64> {
             let chosen = (0..size / len).filter(|n| mask >> n & 1 != 0);
             Some(chosen.fold(0, |bytes, n| bytes | one << (n * len)))
         }
-        Elements::AnyOf(count) => {
-            Some(if mask & (u64::MAX >> (64 - count.clamp(1, 64))) == 0 { 0 } else { all })
+        Elements::Repeated(len, count) => {
+            let one = u64::MAX >> (64 - len.min(64));
+            let parts = (size / len).max(1);
+            let chosen = (0..count.min(64)).filter(|n| mask >> n & 1 != 0);
+            Some(chosen.fold(0, |bytes, n| bytes | one << (n % parts * len)) & all)
         }
     }
 }
@@ -61,8 +64,8 @@ fn copy(host: usize, out: &mut [u8]) {
 enum Elements {
     /// Bit n is element n of this many bytes.
     Each(usize),
-    /// Every element comes from the whole operand; this many mask bits count.
-    AnyOf(usize),
+    /// The operand is elements of this many bytes, repeated for this many mask bits.
+    Repeated(usize, usize),
 }
 
 /// `None`: masked elements fault as well.
@@ -96,10 +99,10 @@ fn shape(insn: &Instruction, size: usize) -> Option<Elements> {
         .max()
         .unwrap_or(16);
     if is_copied(m) {
-        return Some(Elements::AnyOf(vector / len));
+        return Some(Elements::Repeated(len, vector / len));
     }
     if insn.is_broadcast() {
-        return Some(Elements::AnyOf(insn.code().op_code().memory_size().size() / len));
+        return Some(Elements::Repeated(len, insn.code().op_code().memory_size().size() / len));
     }
     size.is_multiple_of(len).then_some(Elements::Each(len))
 }
@@ -246,11 +249,11 @@ mod tests {
         assert_eq!(of(&[0x62, 0xf1, 0x7c, 0x49, 0x10, 0x00]), Some(Elements::Each(4)));
         assert_eq!(of(&[0x62, 0xf1, 0xfd, 0x49, 0x28, 0x00]), Some(Elements::Each(8)));
         // vpaddd zmm0{k1}, zmm1, [rax]{1to16}; vcvtps2pd zmm0{k1}, [rax]{1to8}
-        assert_eq!(of(&[0x62, 0xf1, 0x75, 0x59, 0xfe, 0x00]), Some(Elements::AnyOf(16)));
-        assert_eq!(of(&[0x62, 0xf1, 0x7c, 0x59, 0x5a, 0x00]), Some(Elements::AnyOf(8)));
+        assert_eq!(of(&[0x62, 0xf1, 0x75, 0x59, 0xfe, 0x00]), Some(Elements::Repeated(4, 16)));
+        assert_eq!(of(&[0x62, 0xf1, 0x7c, 0x59, 0x5a, 0x00]), Some(Elements::Repeated(4, 8)));
         // vbroadcastf32x4 zmm0{k1}, [rax]; vpbroadcastb zmm0{k1}, [rax]
-        assert_eq!(of(&[0x62, 0xf2, 0x7d, 0x49, 0x1a, 0x00]), Some(Elements::AnyOf(16)));
-        assert_eq!(of(&[0x62, 0xf2, 0x7d, 0x49, 0x78, 0x00]), Some(Elements::AnyOf(64)));
+        assert_eq!(of(&[0x62, 0xf2, 0x7d, 0x49, 0x1a, 0x00]), Some(Elements::Repeated(4, 16)));
+        assert_eq!(of(&[0x62, 0xf2, 0x7d, 0x49, 0x78, 0x00]), Some(Elements::Repeated(1, 64)));
         // vpmovqb [rax]{k1}, zmm0; vaddss xmm0{k1}, xmm1, [rax]; vpdpbusd zmm0{k1}, zmm1, [rax]
         assert_eq!(of(&[0x62, 0xf2, 0x7e, 0x49, 0x32, 0x00]), Some(Elements::Each(1)));
         assert_eq!(of(&[0x62, 0xf1, 0x76, 0x09, 0x58, 0x00]), Some(Elements::Each(4)));

@@ -71,7 +71,7 @@ fn available(core: &Core) -> Result<()> {
 /// Writes a vector register, whose bits from `len` bytes on become zero.
 fn set_vector(core: &mut Core, register: Register, mut value: [u8; 64], len: usize) {
     value[len..].fill(0);
-    if len > 32 {
+    if value[32..] != [0; 32] {
         core.ctx.get_mut().vec_mode = 2;
     }
     set_vec(core, register, value);
@@ -89,7 +89,8 @@ fn each(core: &mut Core, insn: &Instruction, index_size: usize, size: usize, sca
     let place = Indexed::of(core, insn);
     let indices = vec(core, index);
     let mut value = vec(core, data);
-    let mut mask = core.c().mask[k.number()];
+    let old_mask = core.c().mask[k.number()];
+    let mut mask = old_mask;
     let mut result = Ok(());
     for n in 0..count {
         if mask >> n & 1 == 0 {
@@ -116,14 +117,10 @@ fn each(core: &mut Core, insn: &Instruction, index_size: usize, size: usize, sca
     }
     // The bits above the elements are cleared when all are done.
     core.ctx.get_mut().mask[k.number()] = if result.is_ok() { 0 } else { mask };
-    if !scatter {
-        // What comes after the elements is cleared when all are done; until then it stays.
-        let len = if result.is_ok() { count * size } else { 64 };
-        let wide = core.c().vec_mode;
+    if !scatter && (result.is_ok() || mask != old_mask) {
+        // A fault keeps what lies above the elements, as far as the vector length goes.
+        let len = if result.is_ok() { count * size } else { data.size().max(index.size()) };
         set_vector(core, data, value, len);
-        if result.is_err() && data.size() < 64 {
-            core.ctx.get_mut().vec_mode = wide;
-        }
     }
     result?;
     advance(core, insn);
@@ -152,6 +149,11 @@ fn compress(core: &mut Core, insn: &Instruction, size: usize) -> Result<()> {
     }
     if len != 0 {
         let linear = core.operand_address(insn, len, true)?;
+        if insn.has_op_mask() {
+            // Then a second page faults at the last byte.
+            core.probe_write(linear, 1, Privilege::Current)?;
+            core.probe_write(linear.wrapping_add(len as u64 - 1), 1, Privilege::Current)?;
+        }
         core.write(linear, &out[..len], Privilege::Current)?;
     }
     advance(core, insn);

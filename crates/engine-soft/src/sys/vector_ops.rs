@@ -11,7 +11,7 @@ use wardian_cpu::bits::{cr0, cr4, vector};
 use super::advance;
 use super::legacy::operand::{RDI, load, probe, sign_extend, store};
 use super::string::address_bytes;
-use crate::access::{segment_number, size_mask};
+use crate::access::{operand_segment, size_mask};
 use crate::core::{Core, Privilege};
 use crate::trap::{Result, Trap};
 
@@ -114,7 +114,7 @@ impl Indexed {
             base => (core.gpr(base.number()) & size_mask(base.size()), base.size()),
         };
         Indexed {
-            segment: segment_number(insn.memory_segment()),
+            segment: operand_segment(insn, core.is_64bit()),
             base: base.wrapping_add(insn.memory_displacement64()),
             scale: u64::from(insn.memory_index_scale()),
             mask: size_mask(bytes),
@@ -158,6 +158,9 @@ fn gather(core: &mut Core, insn: &Instruction, index_size: usize, size: usize, c
             Err(trap) => {
                 // A question to the machine runs the instruction again from its start.
                 if matches!(trap, Trap::Exception(_)) {
+                    if (0..n).any(|n| chosen(&old_mask, n, size)) {
+                        result[to.size().max(index.size())..].fill(0);
+                    }
                     set_vec(core, to, result);
                     set_vec(core, by, mask);
                 }
@@ -176,7 +179,7 @@ fn gather(core: &mut Core, insn: &Instruction, index_size: usize, size: usize, c
 fn element(core: &mut Core, insn: &Instruction, n: usize, size: usize, write: bool) -> Result<u64> {
     let mask = size_mask(crate::access::address_size(insn, core.is_64bit()));
     let offset = core.operand_offset(insn).wrapping_add((n * size) as u64) & mask;
-    core.linear(segment_number(insn.memory_segment()), offset, size, write)
+    core.linear(operand_segment(insn, core.is_64bit()), offset, size, write)
 }
 
 fn masked_load(core: &mut Core, insn: &Instruction, size: usize, count: usize) -> Result<()> {
@@ -215,7 +218,7 @@ fn masked_store(core: &mut Core, insn: &Instruction, size: usize, count: usize) 
 fn store_bytes(core: &mut Core, insn: &Instruction, data: &[u8], mask: &[u8]) -> Result<()> {
     let wrap = size_mask(address_bytes(insn));
     let start = core.gpr(RDI);
-    let segment = segment_number(insn.memory_segment());
+    let segment = operand_segment(insn, core.is_64bit());
     let mut places = [0u64; 16];
     let picked = |n: &usize| mask[*n] & 0x80 != 0;
     for n in (0..data.len()).filter(picked) {
