@@ -318,7 +318,8 @@ impl SoftVcpu {
         }
     }
 
-    fn interpret(&mut self) -> Result<()> {
+    /// Runs the instruction at RIP; says whether it was one for the interpreter (if not, nothing was done).
+    fn interpret(&mut self) -> Result<bool> {
         self.core.counters.interpreted += 1;
         self.core.journal_used = 0;
         let insn = self.decode()?;
@@ -329,13 +330,14 @@ impl SoftVcpu {
             let linear = self.core.c().rip;
             let page = self.core.fetch_page(linear)?.page as u32;
             self.translator.invalidate(page, 1 << (linear >> 6 & 63));
-            return Ok(());
+            return Ok(false);
         }
         self.loads_ss = matches!(
             insn.mnemonic(),
             iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Pop | iced_x86::Mnemonic::Lss
         );
-        sys::interpret(&mut self.core, &insn)
+        sys::interpret(&mut self.core, &insn)?;
+        Ok(true)
     }
 
     /// After an instruction was interpreted: `None` to go on.
@@ -493,12 +495,12 @@ impl SoftVcpu {
                         self.core.counters.syscalls += 1;
                         let next = self.mode.ip(rip.wrapping_add(2));
                         self.core.journal_used = 0;
-                        sys::transfer::syscall(&mut self.core, next)
+                        sys::transfer::syscall(&mut self.core, next).map(|()| true)
                     } else {
                         self.interpret()
                     };
-                    let done = result.is_ok();
-                    if let Some(exit) = self.settle(result) {
+                    let done = matches!(result, Ok(true));
+                    if let Some(exit) = self.settle(result.map(|_| ())) {
                         return Some(exit);
                     }
                     if done && (single || self.core.watch_hit != 0) {

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use wardian_cpu::{CpuModel, Offer};
+use wardian_cpu::CpuModel;
+use wardian_engine_soft::SoftEngine;
 use wardian_oracle::native::NativeError;
 use wardian_oracle::session::Kind;
 use wardian_oracle::{Setup, engine, open, options};
+use wardian_time::{Nanos, TimeBase};
 
 /// (bitness, kind, instructions).
 const PLAN: [(u32, Kind, u64); 4] = [
@@ -17,7 +19,9 @@ const PLAN: [(u32, Kind, u64); 4] = [
 
 #[test]
 fn engine_leaves_what_the_host_leaves() {
-    let model = Arc::new(CpuModel::host("host", &Offer { avx512: false, tsc_hz: 1_000_000_000 }).unwrap());
+    let time = TimeBase::manual(Nanos(0));
+    // The processor that a guest gets on this host, AVX-512 included where the host has it.
+    let model = Arc::new(CpuModel::host("host", &SoftEngine::offer(&time)).unwrap());
     let setup = |bitness| Setup { seed: 20_261_124, bitness, undefined: false };
     let subject = engine(&model).unwrap();
     let mut session = match open(&model, &setup(64), subject, |_| true) {
