@@ -365,37 +365,10 @@ impl Core {
     /// A processor over `mem` for unit tests: protected mode off, everything zero.
     #[cfg(test)]
     pub(crate) fn for_test(mem: GuestMemory) -> Box<Core> {
-        use wardian_irq::{Kick, PendingEvents};
-        struct Quiet;
-        impl LocalInterrupts for Quiet {
-            fn pending(&self) -> PendingEvents {
-                PendingEvents::default()
-            }
-            fn acknowledge(&self) -> Option<u8> {
-                None
-            }
-            fn take_nmi(&self) -> bool {
-                false
-            }
-            fn take_init(&self) -> bool {
-                false
-            }
-            fn take_startup(&self) -> Option<u8> {
-                None
-            }
-            fn cr8(&self) -> u8 {
-                0
-            }
-            fn set_cr8(&self, _priority: u8) {}
-            fn apic_base(&self) -> u64 {
-                0xfee0_0900
-            }
-            fn attach(&self, _kick: Arc<dyn Kick>) {}
-        }
         let time = TimeBase::manual(wardian_time::Nanos(0));
         let offer = wardian_cpu::Offer { avx512: false, tsc_hz: 1_000_000_000 };
         let model = Arc::new(CpuModel::host("host", &offer).unwrap());
-        let parts = Parts { index: 0, cpus: 1, mem, time, model, irq: Arc::new(Quiet) };
+        let parts = Parts { index: 0, cpus: 1, mem, time, model, irq: Arc::new(wardian_irq::Quiet) };
         let shared = Arc::new(Shared::default());
         let mailbox = shared.join();
         Core::build(parts, 0, shared, mailbox).unwrap()

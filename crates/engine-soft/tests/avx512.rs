@@ -7,36 +7,9 @@ use iced_x86::code_asm::*;
 use wardian_cpu::bits::{cr0, cr4, efer};
 use wardian_cpu::{Answer, CpuModel, CpuState, Engine, Exit, Feature, Segment, Vcpu};
 use wardian_engine_soft::{Options, SoftEngine};
-use wardian_irq::{Kick, LocalInterrupts, PendingEvents};
+use wardian_irq::Quiet;
 use wardian_memory::{Gpa, GuestMemory};
 use wardian_time::{Nanos, TimeBase};
-
-struct Quiet;
-impl LocalInterrupts for Quiet {
-    fn pending(&self) -> PendingEvents {
-        PendingEvents::default()
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&self) -> bool {
-        false
-    }
-    fn take_init(&self) -> bool {
-        false
-    }
-    fn take_startup(&self) -> Option<u8> {
-        None
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _priority: u8) {}
-    fn apic_base(&self) -> u64 {
-        0xfee0_0900
-    }
-    fn attach(&self, _kick: Arc<dyn Kick>) {}
-}
 
 const CODE: u64 = 0x10_0000;
 const STACK: u64 = 0x20_0000;

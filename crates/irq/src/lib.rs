@@ -130,3 +130,33 @@ pub trait LocalInterrupts: Send + Sync {
     /// Whom to kick when something becomes pending. Called once, before the vCPU runs.
     fn attach(&self, kick: Arc<dyn Kick>);
 }
+
+/// A vCPU that nothing ever interrupts: for machines without interrupt chips and for tests of engines.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Quiet;
+
+impl LocalInterrupts for Quiet {
+    fn pending(&self) -> PendingEvents {
+        PendingEvents::default()
+    }
+    fn acknowledge(&self) -> Option<u8> {
+        None
+    }
+    fn take_nmi(&self) -> bool {
+        false
+    }
+    fn take_init(&self) -> bool {
+        false
+    }
+    fn take_startup(&self) -> Option<u8> {
+        None
+    }
+    fn cr8(&self) -> u8 {
+        0
+    }
+    fn set_cr8(&self, _priority: u8) {}
+    fn apic_base(&self) -> u64 {
+        0xfee0_0900
+    }
+    fn attach(&self, _kick: Arc<dyn Kick>) {}
+}

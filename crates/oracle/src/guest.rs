@@ -12,7 +12,7 @@ use wardian_cpu::bits::{cr0, cr4, efer, vector};
 use wardian_cpu::{
     Activity, Answer, CpuModel, CpuState, DescriptorTable, Engine, EngineError, Exit, Segment, Vcpu,
 };
-use wardian_irq::{Kick, LocalInterrupts, PendingEvents};
+use wardian_irq::{Kick, Quiet};
 use wardian_memory::{Gpa, GuestMemory, MemoryError};
 
 use crate::case::{
@@ -79,35 +79,6 @@ pub enum GuestError {
     /// It halted where no handler is.
     #[error("The guest halted at {0:#x}")]
     Lost(u64),
-}
-
-/// A vCPU without interrupts.
-struct Quiet;
-
-impl LocalInterrupts for Quiet {
-    fn pending(&self) -> PendingEvents {
-        PendingEvents::default()
-    }
-    fn acknowledge(&self) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&self) -> bool {
-        false
-    }
-    fn take_init(&self) -> bool {
-        false
-    }
-    fn take_startup(&self) -> Option<u8> {
-        None
-    }
-    fn cr8(&self) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _priority: u8) {}
-    fn apic_base(&self) -> u64 {
-        0xfee0_0900
-    }
-    fn attach(&self, _kick: Arc<dyn Kick>) {}
 }
 
 /// The guest.
