@@ -37,7 +37,6 @@ mod trap;
 mod vcpu;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use wardian_cpu::{Activity, CpuModel, CpuState, Engine, EngineError, Offer, Vcpu};
 use wardian_irq::LocalInterrupts;
@@ -62,7 +61,6 @@ pub struct SoftEngine {
     time: Arc<TimeBase>,
     cpus: usize,
     shared: Arc<Shared>,
-    made: AtomicUsize,
 }
 
 impl SoftEngine {
@@ -84,7 +82,7 @@ impl SoftEngine {
             return Err(EngineError::Host("this guest memory already has an engine".into()));
         }
         signals::install();
-        Ok(Arc::new(SoftEngine { mem, time, cpus: options.cpus.max(1), shared, made: AtomicUsize::new(0) }))
+        Ok(Arc::new(SoftEngine { mem, time, cpus: options.cpus.max(1), shared }))
     }
 
     /// What this engine can carry, for [`CpuModel::host`].
@@ -105,7 +103,6 @@ impl Engine for SoftEngine {
         model: &Arc<CpuModel>,
         interrupts: Arc<dyn LocalInterrupts>,
     ) -> Result<Box<dyn Vcpu>, EngineError> {
-        self.made.fetch_add(1, Ordering::Relaxed);
         let translator = Box::new(Translator::new((self.mem.size() / 4096) as usize)?);
         let miss = translator.code.exec(translator.thunks.leave[ctx::Leave::Lookup as usize]);
         let mailbox = self.shared.join();

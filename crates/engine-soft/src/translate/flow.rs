@@ -118,7 +118,7 @@ impl Emit<'_> {
                 let guest = raw(op, source, self.mode).field(Field::Opcode);
                 let size = self.stack_size();
                 self.top_of_stack();
-                self.check(op.live_before(), rip, size, true, false, seg::SS, None);
+                self.check(op.live_before(), rip, size, true, false, seg::SS, false);
                 match host_of(guest) {
                     Some(reg::GSP) => self.pair_load(reg::GSP),
                     Some(host) => {
@@ -140,7 +140,7 @@ impl Emit<'_> {
                 } else {
                     self.c.mov32(T0, reg::GBP);
                 }
-                self.check(op.live_before(), rip, size, true, false, seg::SS, None);
+                self.check(op.live_before(), rip, size, true, false, seg::SS, false);
                 self.c.lea(reg::GSP, Some(reg::GBP), None, size as i32, wide);
                 self.pair_load(reg::GBP);
             }
@@ -168,7 +168,7 @@ impl Emit<'_> {
                 let extra = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
                 self.clobber(ALL_FLAGS);
                 self.top_of_stack();
-                self.check(0, rip, size, true, false, seg::SS, None);
+                self.check(0, rip, size, true, false, seg::SS, false);
                 self.pair_load(T0);
                 self.bump_sp(size as i32 + extra);
                 self.go_indirect(size as i32 + extra);
@@ -251,7 +251,7 @@ impl Emit<'_> {
         let size = self.stack_size();
         let live = if op.info.class == Class::CallIndirect { ALL_FLAGS } else { op.live_before() };
         self.c.lea(T0, Some(reg::GSP), None, -(size as i32), self.mode.code64());
-        let index = self.check(live, rip, size, false, true, seg::SS, None);
+        let index = self.check(live, rip, size, false, true, seg::SS, false);
         store(self);
         self.bump_sp(-(size as i32));
         self.finish(index, next, op.live_after);
@@ -268,10 +268,9 @@ impl Emit<'_> {
         read: bool,
         write: bool,
         segment: usize,
-        checked: Option<()>,
+        checked: bool,
     ) -> usize {
         self.clobber(live);
-        let checked = checked.is_some();
         let access = Site::new(rip, size, read, write, segment, checked).unwrap_or(Site(rip));
         let view = self.mode.view();
         let tag = if write { ctx::tag_write(view) } else { ctx::tag_read(view) };

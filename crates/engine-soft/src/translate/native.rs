@@ -118,7 +118,7 @@ impl Emit<'_> {
         // The address is computed before the flags are saved: that needs R14, this R13 and R14.
         self.clobber(live);
         self.address(insn, T0, flat, true);
-        let index = self.check(0, rip, size, read, write, segment, (!flat).then_some(()));
+        let index = self.check(0, rip, size, read, write, segment, !flat);
         if insn.has_op_mask()
             && let Cold::Access { access, .. } = &mut self.cold[index]
         {
