@@ -45,6 +45,8 @@ pub const DEBUG_CONSOLE: Range<u64> = 0xe9..0xea;
 pub const DEBUG_EXIT: Range<u64> = 0xf4..0xf8;
 /// First serial port.
 pub const COM1_PORTS: Range<u64> = 0x3f8..0x400;
+/// Doorbell of the skew lab.
+pub const DOORBELL: Range<u64> = 0x5c0..0x5c8;
 /// ACPI power-management block.
 pub const PM_PORTS: Range<u64> = 0x600..0x620;
 /// PCI configuration mechanism #1, with the reset control register at CF9h.

@@ -12,6 +12,7 @@
 
 pub mod acpi;
 pub mod debug;
+pub mod doorbell;
 pub mod hpet;
 pub mod i8042;
 pub mod ioapic;

@@ -10,6 +10,7 @@ use wardian_bus::pci::Function;
 use wardian_bus::{Bus, Device};
 use wardian_chipset::acpi::{self, AcpiConfig};
 use wardian_chipset::debug::{DebugConsole, DebugExit, PostPort};
+use wardian_chipset::doorbell::Doorbell;
 use wardian_chipset::hpet::{Hpet, LegacyRouting};
 use wardian_chipset::i8042::I8042;
 use wardian_chipset::irqchip::SoftIrqChip;
@@ -150,6 +151,10 @@ impl Shop<'_> {
         }
         if self.plan.debug_exit {
             spaces.port(layout::DEBUG_EXIT, Arc::new(DebugExit::new(Arc::clone(&self.power))))?;
+        }
+        if let Some(records) = &outputs.doorbell {
+            let bell = Doorbell::new(Arc::clone(self.queue.base()), Box::new(records.clone()));
+            spaces.port(layout::DOORBELL, Arc::new(bell))?;
         }
         Ok(())
     }

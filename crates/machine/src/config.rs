@@ -327,6 +327,8 @@ pub struct Config {
     pub debug_console: Option<Endpoint>,
     /// Whether port F4h ends the machine.
     pub debug_exit: bool,
+    /// What the guest tells through the doorbell at port 5C0h goes here, with the host's time.
+    pub doorbell: Option<PathBuf>,
     /// The debugger's door.
     #[serde(deserialize_with = "address")]
     pub gdb: Option<Address>,
@@ -382,6 +384,7 @@ impl Config {
         self.module.iter_mut().for_each(|module| rebase(&mut module.path));
         self.disk.iter_mut().for_each(|disk| rebase(&mut disk.path));
         self.stats_json.iter_mut().for_each(rebase);
+        self.doorbell.iter_mut().for_each(rebase);
         for endpoint in [&mut self.serial, &mut self.console, &mut self.debug_console] {
             if let Some(Endpoint::File(path)) = endpoint {
                 rebase(path);
@@ -413,6 +416,7 @@ impl Config {
             console: over.console.or(self.console),
             debug_console: over.debug_console.or(self.debug_console),
             debug_exit: over.debug_exit || self.debug_exit,
+            doorbell: over.doorbell.or(self.doorbell),
             gdb: over.gdb.or(self.gdb),
             gdb_wait: over.gdb_wait || self.gdb_wait,
             no_reboot: over.no_reboot || self.no_reboot,
@@ -447,6 +451,7 @@ impl Config {
             console,
             debug_console: self.debug_console.unwrap_or(Endpoint::Stdio),
             debug_exit: self.debug_exit,
+            doorbell: self.doorbell,
             gdb_wait: self.gdb_wait && self.gdb.is_some(),
             gdb: self.gdb,
             no_reboot: self.no_reboot,
@@ -485,6 +490,8 @@ pub struct Plan {
     pub debug_console: Endpoint,
     /// Debug exit port.
     pub debug_exit: bool,
+    /// Doorbell.
+    pub doorbell: Option<PathBuf>,
     /// Debugger's door.
     pub gdb: Option<Address>,
     /// Wait for the debugger.
@@ -520,6 +527,7 @@ mod tests {
             console = "stdio"
             debug-console = "file:log"
             debug-exit = true
+            doorbell = "rings.csv"
             gdb = 1234
             gdb-wait = true
             no-reboot = true
@@ -536,6 +544,7 @@ mod tests {
         let plan = config.check().unwrap();
         assert_eq!((plan.memory, plan.cpus), (1 << 30, 4));
         assert_eq!(plan.debug_console, Endpoint::File("log".into()));
+        assert_eq!(plan.doorbell.as_deref(), Some(Path::new("rings.csv")));
     }
 
     #[test]

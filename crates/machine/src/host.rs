@@ -1,5 +1,6 @@
 //! The host's side that outlives a reset: outputs, the terminal, signals.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
 
 use wardian_backend::{Event, EventLoop, Next, Output, Terminal};
@@ -36,6 +37,8 @@ pub(crate) struct Outputs {
     pub(crate) serial: Output,
     pub(crate) console: Output,
     pub(crate) debug: Output,
+    /// Where there is a doorbell.
+    pub(crate) doorbell: Option<Output>,
 }
 
 impl Outputs {
@@ -43,11 +46,12 @@ impl Outputs {
     pub(crate) fn open(plan: &Plan) -> Result<Outputs, MachineError> {
         let host = |source| MachineError::Host { what: "an output thread", source: Box::new(source) };
         let mut stdout = None;
+        let file = |path: &PathBuf| {
+            Output::file(path).map_err(|source| MachineError::Output { path: path.clone(), source })
+        };
         let mut open = |endpoint: &Endpoint| match endpoint {
             Endpoint::None => Output::null().map_err(host),
-            Endpoint::File(path) => {
-                Output::file(path).map_err(|source| MachineError::Output { path: path.clone(), source })
-            }
+            Endpoint::File(path) => file(path),
             Endpoint::Stdio => match &stdout {
                 Some(shared) => Ok(Output::clone(shared)),
                 None => Ok(stdout.insert(Output::stdout().map_err(host)?).clone()),
@@ -57,12 +61,13 @@ impl Outputs {
             serial: open(&plan.serial)?,
             console: open(&plan.console)?,
             debug: open(&plan.debug_console)?,
+            doorbell: plan.doorbell.as_ref().map(file).transpose()?,
         })
     }
 
     /// Waits until everything is written.
     pub(crate) fn drain(&self) {
-        for output in [&self.serial, &self.console, &self.debug] {
+        for output in [&self.serial, &self.console, &self.debug].into_iter().chain(&self.doorbell) {
             output.drain();
         }
     }

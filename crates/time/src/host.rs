@@ -69,6 +69,16 @@ pub(crate) fn wall() -> Nanos {
     Nanos(since.as_nanos() as u64)
 }
 
+/// The host's raw monotonic clock (`CLOCK_MONOTONIC_RAW`), which nobody slews: what a guest's clocks are
+/// measured against. Zero where the host has none.
+#[must_use]
+pub fn raw() -> Nanos {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a valid place for the result.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_RAW, &raw mut now) };
+    Nanos(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
+}
+
 /// The time that the calling thread was runnable but not run by the host's scheduler: what a guest
 /// calls stolen time. Read from `/proc/thread-self/schedstat`, second field, nanoseconds.
 #[derive(Debug)]

@@ -20,7 +20,7 @@ mod tests;
 mod tick;
 
 pub use base::{ResumePolicy, TimeBase};
-pub use host::{RunDelay, set_timer_slack};
+pub use host::{RunDelay, raw as host_raw, set_timer_slack};
 pub use queue::{Timer, TimerHandler, TimerQueue};
 pub use tick::Tick;
 

@@ -84,6 +84,10 @@ pub(crate) struct Run {
     /// Let the guest end the machine by writing to port F4h.
     #[arg(long)]
     debug_exit: bool,
+    /// Write down what the guest tells through the doorbell (32-bit ports 5C0h, 5C4h), with the host's
+    /// CLOCK_MONOTONIC_RAW, to this file.
+    #[arg(long, value_name = "FILE")]
+    doorbell: Option<PathBuf>,
     /// Let debuggers in at this port of 127.0.0.1 or this Unix socket; they may come and go while the
     /// guest runs.
     #[arg(long, value_name = "PATH|PORT")]
@@ -131,6 +135,7 @@ impl Run {
             console: self.console,
             debug_console: self.debug_console,
             debug_exit: self.debug_exit,
+            doorbell: self.doorbell,
             gdb: gdb.transpose()?,
             gdb_wait: self.gdb_wait,
             no_reboot: self.no_reboot,
