@@ -9,13 +9,14 @@ mod regs;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use regs::{OUTPUTS, Regs};
+use regs::{OUTPUTS, Regs, TIMERS};
 use wardian_bus::{Access, Device};
-use wardian_irq::{Delivery, Gsi, IrqChip, Line, MsiMessage};
-use wardian_time::{Nanos, TimeBase, Timer, TimerHandler, TimerQueue};
+use wardian_irq::{Delivery, Gsi, IrqChip, Line, MsiMessage, TickId, TickPort, TickSource};
+use wardian_time::{Nanos, Tick, TickConfig, TimeBase, Timer, TimerHandler, TimerQueue};
 
+use crate::edge_ticks::EdgeTicks;
 use crate::layout::{GSI_HPET, GSI_RTC, GSI_TIMER};
 use crate::wire::{Output, Wire, lock};
 
@@ -65,23 +66,45 @@ impl IrqChip for Gate {
     fn signal_msi(&self, _message: MsiMessage) -> Delivery {
         Delivery::Masked
     }
+
+    fn attach_ticks(&self, source: Weak<dyn TickSource>) -> Option<TickId> {
+        self.line.chip().attach_ticks(source)
+    }
+
+    fn tick_due(&self, id: TickId) {
+        self.line.chip().tick_due(id);
+    }
+
+    fn tick_edge(&self, id: TickId, gsi: Gsi) -> Delivery {
+        self.line.chip().tick_edge(id, if self.routing.is_on() { NOWHERE } else { gsi })
+    }
 }
+
+/// An input that no chip has.
+const NOWHERE: Gsi = Gsi(u32::MAX);
 
 /// The device. Its lock is above the timer queue's only.
 pub struct Hpet {
     regs: Mutex<Regs>,
     base: Arc<TimeBase>,
     timer: OnceLock<Timer>,
+    ticks: OnceLock<[Arc<HpetTick>; TIMERS]>,
     /// The system timer's line, the RTC's and [`GSI_HPET`].
     outputs: [Output; OUTPUTS],
     routing: LegacyRouting,
 }
 
 impl Hpet {
-    /// A stopped HPET on `queue`'s time that raises inputs of `chip` and says in `routing` which.
+    /// A stopped HPET on `queue`'s time that raises inputs of `chip`, says in `routing` which, and treats
+    /// ticks as `ticks` says.
     #[must_use]
-    pub fn new(queue: &Arc<TimerQueue>, chip: &Arc<dyn IrqChip>, routing: LegacyRouting) -> Arc<Hpet> {
-        Self::build(queue, chip, routing, Regs::default())
+    pub fn new(
+        queue: &Arc<TimerQueue>,
+        chip: &Arc<dyn IrqChip>,
+        routing: LegacyRouting,
+        ticks: TickConfig,
+    ) -> Arc<Hpet> {
+        Self::build(queue, chip, routing, Regs::new(ticks))
     }
 
     /// The HPET that was saved as `state`, at the guest time of `queue`'s base, with its lines raised.
@@ -90,11 +113,12 @@ impl Hpet {
         queue: &Arc<TimerQueue>,
         chip: &Arc<dyn IrqChip>,
         routing: LegacyRouting,
+        ticks: TickConfig,
         state: &HpetState,
     ) -> Arc<Hpet> {
-        let regs = Regs::restore(state, queue.base().now());
+        let regs = Regs::restore(state, ticks, queue.base().now(), queue.base().timeline());
         let hpet = Self::build(queue, chip, routing, regs);
-        hpet.change(|_, _| ());
+        hpet.change(|_, _, _| ());
         hpet
     }
 
@@ -110,35 +134,43 @@ impl Hpet {
             regs: Mutex::new(regs),
             base: Arc::clone(queue.base()),
             timer: OnceLock::new(),
+            ticks: OnceLock::new(),
             outputs: [GSI_TIMER, GSI_RTC, a, b, c, d].map(output),
             routing,
         });
-        let handler: std::sync::Weak<Hpet> = Arc::downgrade(&hpet);
+        let handler: Weak<Hpet> = Arc::downgrade(&hpet);
         let _ = hpet.timer.set(queue.timer(handler));
+        let _ = hpet.ticks.set(std::array::from_fn(|index| HpetTick::new(&hpet, index, chip)));
         hpet
     }
 
     /// What to save: counter and comparators as they are at this moment.
     #[must_use]
     pub fn save(&self) -> HpetState {
-        self.change(|regs, now| regs.save(now))
+        self.change(|regs, now, _| regs.save(now))
     }
 
-    fn change<R>(&self, change: impl FnOnce(&mut Regs, Nanos) -> R) -> R {
+    fn change<R>(&self, change: impl FnOnce(&mut Regs, Nanos, Nanos) -> R) -> R {
+        // Guest time is read once: every timer sees the same.
         let now = self.base.now();
-        let (result, wires): (R, [Wire; OUTPUTS]) = {
+        let line = now.saturating_add(self.base.lag());
+        let (result, wires, due): (R, [Wire; OUTPUTS], [bool; TIMERS]) = {
             let mut regs = lock(&self.regs);
-            regs.advance(now);
-            let result = change(&mut regs, now);
+            regs.advance(now, line);
+            let result = change(&mut regs, now, line);
             let wires = regs.settle();
             self.routing.set(regs.legacy());
+            let due = regs.hand_over(line);
             if let Some(timer) = self.timer.get() {
-                timer.set(regs.deadline());
+                timer.set_line(regs.deadline());
             }
-            (result, wires)
+            (result, wires, due)
         };
         for (output, wire) in self.outputs.iter().zip(wires) {
             output.publish(wire);
+        }
+        for (_, tick) in due.into_iter().zip(self.ticks.get().into_iter().flatten()).filter(|due| due.0) {
+            tick.port().due();
         }
         result
     }
@@ -146,7 +178,73 @@ impl Hpet {
 
 impl TimerHandler for Hpet {
     fn expired(&self, _now: Nanos) {
-        self.change(|_, _| ());
+        self.change(|_, _, _| ());
+    }
+}
+
+/// One timer of an [`Hpet`], as its ticks see it.
+struct HpetTick {
+    hpet: Weak<Hpet>,
+    base: Arc<TimeBase>,
+    index: usize,
+    port: TickPort,
+}
+
+impl HpetTick {
+    fn new(hpet: &Arc<Hpet>, index: usize, chip: &Arc<dyn IrqChip>) -> Arc<HpetTick> {
+        Arc::new_cyclic(|this: &Weak<HpetTick>| HpetTick {
+            hpet: Arc::downgrade(hpet),
+            base: Arc::clone(&hpet.base),
+            index,
+            port: TickPort::new(Arc::clone(chip), this.clone() as Weak<dyn TickSource>),
+        })
+    }
+}
+
+impl EdgeTicks for HpetTick {
+    fn port(&self) -> &TickPort {
+        &self.port
+    }
+
+    fn base(&self) -> &TimeBase {
+        &self.base
+    }
+
+    fn with_tick<R>(&self, change: impl FnOnce(&mut Tick) -> R) -> (R, Option<Gsi>) {
+        match self.hpet.upgrade() {
+            Some(hpet) => hpet.change(|regs, now, line| {
+                (regs.with_tick(self.index, now, line, change), regs.edge_input(self.index))
+            }),
+            None => (change(&mut Tick::stopped()), None),
+        }
+    }
+}
+
+impl TickSource for HpetTick {
+    fn offer(&self, slept: bool) {
+        let Some(hpet) = self.hpet.upgrade() else { return };
+        let level = {
+            let mut regs = lock(&hpet.regs);
+            regs.take_over(self.index);
+            regs.is_level(self.index)
+        };
+        if !level {
+            return self.offer_ticks(slept);
+        }
+        let line = self.base.timeline();
+        let apparent = lock(&hpet.regs).offer_level(self.index, line, slept);
+        if let Some((at, back)) = apparent {
+            self.base.show(at, back);
+        }
+        hpet.change(|_, _, _| ());
+    }
+
+    fn taken(&self) {
+        self.tick_taken();
+    }
+
+    fn retry(&self) {
+        self.tick_unmasked();
     }
 }
 
@@ -162,7 +260,7 @@ impl Device for Hpet {
             let now = self.base.now();
             lock(&self.regs).counter(now)
         } else {
-            self.change(|regs, _| regs.read(at.offset & !7))
+            self.change(|regs, _, _| regs.read(at.offset & !7))
         };
         let bytes = value.to_le_bytes();
         for (byte, value) in data.iter_mut().zip(bytes[shift..].iter().chain(std::iter::repeat(&0))) {
@@ -179,7 +277,7 @@ impl Device for Hpet {
         let shift = at.offset % 8 * 8;
         let value = data.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte)) << shift;
         let mask = (u64::MAX >> (64 - 8 * data.len())) << shift;
-        self.change(|regs, now| regs.write(at.offset & !7, value, mask, now));
+        self.change(|regs, now, line| regs.write(at.offset & !7, value, mask, now, line));
     }
 
     fn inspect(&self) -> Vec<(String, String)> {

@@ -150,6 +150,12 @@ impl Ioapic {
         if was { Err(Delivery::Coalesced) } else { Ok(Request { pin, message: state.message(pin) }) }
     }
 
+    /// The vector that an edge on this input sends now, unless the input is masked.
+    pub(crate) fn vector(&self, pin: usize) -> Option<u8> {
+        let state = self.lock();
+        state.entries.get(pin).filter(|entry| *entry & MASKED == 0).map(|entry| *entry as u8)
+    }
+
     /// No local APIC took the message of this input: it is not in service.
     pub(crate) fn refused(&self, pin: usize) {
         self.lock().entries[pin] &= !REMOTE_IRR;

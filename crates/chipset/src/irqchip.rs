@@ -6,20 +6,24 @@
 
 #[cfg(test)]
 mod tests;
+mod ticks;
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 
 use wardian_bus::{Access, Device};
-use wardian_irq::{Delivery, Gsi, IrqChip, Kick, LocalInterrupts, MsiMessage, PendingEvents};
-use wardian_time::TimerQueue;
+use wardian_irq::{
+    Delivery, Gsi, IrqChip, Kick, LocalInterrupts, MsiMessage, PendingEvents, TickId, TickSource,
+};
+use wardian_time::{TickConfig, TimerQueue};
 
 use crate::ioapic::{Ioapic, Request};
 use crate::lapic::Lapic;
 use crate::lapic::message::{Ipi, Message, Mode, Shorthand};
 use crate::lapic::regs::Effect;
 use crate::pic::{Pic, Port};
+use ticks::{Expected, Ticks, wiring};
 
 pub use crate::ioapic::{IOAPIC_BASE, IOAPIC_PINS};
 pub use crate::lapic::{LAPIC_BASE, LAPIC_TIMER_HZ, MsrFault};
@@ -44,6 +48,8 @@ pub struct SoftIrqChip {
     lapics: Box<[Arc<Lapic>]>,
     ioapic: Ioapic,
     pic: Pic,
+    /// Timers whose ticks pass through here.
+    ticks: Ticks,
     /// Where the next lowest-priority arbitration among equals begins.
     turn: AtomicUsize,
 }
@@ -53,13 +59,25 @@ impl SoftIrqChip {
     /// brought into that range). Local APIC timers are served by `queue`.
     #[must_use]
     pub fn new(cpus: usize, queue: &Arc<TimerQueue>) -> Arc<SoftIrqChip> {
+        Self::with_ticks(cpus, queue, TickConfig::default())
+    }
+
+    /// Likewise, with local APIC timers that treat their ticks as `ticks` says.
+    #[must_use]
+    pub fn with_ticks(cpus: usize, queue: &Arc<TimerQueue>, ticks: TickConfig) -> Arc<SoftIrqChip> {
         let pic = Pic::new();
         let lapic = |cpu: usize| {
             let lint0 = if cpu == 0 { Arc::clone(pic.output()) } else { Arc::default() };
-            Lapic::new(cpu as u32, queue, lint0)
+            Lapic::new(cpu as u32, queue, lint0, ticks)
         };
         let lapics = (0..cpus.clamp(1, MAX_CPUS)).map(lapic).collect();
-        Arc::new(SoftIrqChip { lapics, ioapic: Ioapic::new(), pic, turn: AtomicUsize::new(0) })
+        Arc::new(SoftIrqChip {
+            lapics,
+            ioapic: Ioapic::new(),
+            pic,
+            ticks: Ticks::default(),
+            turn: AtomicUsize::new(0),
+        })
     }
 
     /// Number of vCPUs.
@@ -72,7 +90,7 @@ impl SoftIrqChip {
     #[must_use]
     pub fn local(self: &Arc<Self>, vcpu: usize) -> Option<Arc<dyn LocalInterrupts>> {
         let lapic = Arc::clone(self.lapics.get(vcpu)?);
-        Some(Arc::new(Local { lapic, chip: Arc::clone(self) }))
+        Some(Arc::new(Local { vcpu, lapic, chip: Arc::clone(self) }))
     }
 
     /// RDMSR of `IA32_APIC_BASE`, `IA32_TSC_DEADLINE` and the x2APIC registers (800h-8FFh).
@@ -152,7 +170,10 @@ impl SoftIrqChip {
             None => {}
             Some(Effect::Ipi(ipi)) => drop(self.send_ipi(from, &ipi)),
             Some(Effect::Eoi(vector)) => self.send_all(self.ioapic.eoi(vector)),
-            Some(Effect::Enabled) => self.send_all(self.ioapic.waiting()),
+            Some(Effect::Enabled) => {
+                self.send_all(self.ioapic.waiting());
+                self.ticks.retry();
+            }
         }
     }
 
@@ -228,17 +249,13 @@ fn best(a: Delivery, b: Delivery) -> Delivery {
 impl IrqChip for SoftIrqChip {
     /// Input 2 is the system timer, ISA interrupt 0 ([`ISA_OVERRIDES`]); `Gsi(0)` names it as well.
     fn set_line(&self, gsi: Gsi, level: bool) -> Delivery {
-        let (irq, pin) = match gsi.0 {
-            0 | TIMER_PIN => (Some(0), TIMER_PIN),
-            pin @ ..16 => (Some(pin as u8), pin),
-            pin => (None, pin),
-        };
+        let (irq, pin) = wiring(gsi);
         let pic = irq.map_or(Delivery::Masked, |irq| {
             let delivery = self.pic.set_line(irq, level);
             self.pic_changed();
             delivery
         });
-        let ioapic = match self.ioapic.set_line(pin as usize, level) {
+        let ioapic = match self.ioapic.set_line(pin, level) {
             Ok(request) => self.send(&request),
             Err(delivery) => delivery,
         };
@@ -247,6 +264,25 @@ impl IrqChip for SoftIrqChip {
 
     fn signal_msi(&self, message: MsiMessage) -> Delivery {
         Message::from_msi(message).map_or(Delivery::Masked, |message| self.deliver(&message))
+    }
+
+    fn attach_ticks(&self, source: Weak<dyn TickSource>) -> Option<TickId> {
+        self.ticks.attach(source)
+    }
+
+    fn tick_due(&self, id: TickId) {
+        self.ticks.set_due(id, self.lapics[0].is_idle());
+        self.lapics[0].kick_vcpu();
+    }
+
+    fn tick_edge(&self, id: TickId, gsi: Gsi) -> Delivery {
+        let (isa, pin) = wiring(gsi);
+        let expected = Expected { vector: self.ioapic.vector(pin), isa };
+        self.ticks.raise(id, expected, || {
+            let delivery = self.set_line(gsi, true);
+            self.set_line(gsi, false);
+            delivery
+        })
     }
 }
 
@@ -258,21 +294,38 @@ impl std::fmt::Debug for SoftIrqChip {
 
 /// The vCPU's side of its local APIC.
 struct Local {
+    vcpu: usize,
     lapic: Arc<Lapic>,
     chip: Arc<SoftIrqChip>,
 }
 
 impl LocalInterrupts for Local {
     fn pending(&self) -> PendingEvents {
+        if self.vcpu == 0 {
+            self.chip.ticks.offer();
+        }
         self.lapic.pending()
     }
 
     fn acknowledge(&self) -> Option<u8> {
-        self.lapic.acknowledge().unwrap_or_else(|()| {
-            let vector = self.chip.pic.acknowledge();
-            self.chip.pic_changed();
-            Some(vector)
-        })
+        let ticks = &self.chip.ticks;
+        match self.lapic.acknowledge() {
+            Ok(vector) => {
+                if vector.is_some() && ticks.any_raised() {
+                    ticks.acknowledged(|expected| expected.vector == vector);
+                }
+                vector
+            }
+            Err(()) => {
+                let vector = self.chip.pic.acknowledge();
+                self.chip.pic_changed();
+                if ticks.any_raised() {
+                    let is = |isa: u8| self.chip.pic.vector(isa) == vector;
+                    ticks.acknowledged(|expected| expected.isa.is_some_and(is));
+                }
+                Some(vector)
+            }
+        }
     }
 
     fn take_nmi(&self) -> bool {
@@ -368,6 +421,7 @@ impl Device for IoapicPage {
         if at.offset == 0 || len == 4 {
             let requests = self.0.ioapic.write(at.offset, u32::from_le_bytes(value));
             self.0.send_all(requests);
+            self.0.ticks.retry();
         }
     }
 
@@ -401,6 +455,7 @@ impl Device for PicPorts {
             }
         }
         self.chip.pic_changed();
+        self.chip.ticks.retry();
     }
 
     fn inspect(&self) -> Vec<(String, String)> {

@@ -9,11 +9,11 @@ pub(crate) mod regs;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use wardian_irq::{Delivery, Kick, PendingEvents};
-use wardian_time::{Nanos, TimeBase, Timer, TimerHandler, TimerQueue};
+use wardian_time::{Nanos, TickConfig, TimeBase, Timer, TimerHandler, TimerQueue};
 
 use message::Message;
 use regs::{Effect, LapicState, event};
@@ -23,9 +23,10 @@ pub const LAPIC_BASE: u64 = 0xfee0_0000;
 /// Input clock of the local APIC timer, in Hz of guest time (before the divide register).
 pub const LAPIC_TIMER_HZ: u64 = 1_000_000_000;
 
-/// A periodic timer is not served more often than this; ticks in between are swallowed by its
-/// [`Tick`](wardian_time::Tick), which stays on its grid. Bounds what a guest can ask of the timer thread.
-const SHORTEST_SERVICE: Nanos = Nanos(20_000);
+/// Values of [`Lapic::due`]: the tick is due, and the vCPU ran or slept in HLT when it came so.
+const NOT_DUE: u8 = 0;
+const DUE: u8 = 1;
+const DUE_ASLEEP: u8 = 2;
 
 /// The access to a model-specific register is refused: #GP(0).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -40,6 +41,8 @@ pub(crate) struct Lapic {
     state: Mutex<LapicState>,
     /// What is pending (bits of [`event`]), kept up to date under the lock of `state`.
     events: AtomicU32,
+    /// The timer's tick is to be offered on the vCPU's thread.
+    due: AtomicU8,
     kick: OnceLock<Arc<dyn Kick>>,
     timer: Timer,
     /// The 8259 pair's request, wired to LINT0.
@@ -47,10 +50,16 @@ pub(crate) struct Lapic {
 }
 
 impl Lapic {
-    pub(crate) fn new(id: u32, queue: &Arc<TimerQueue>, lint0: Arc<AtomicBool>) -> Arc<Lapic> {
+    pub(crate) fn new(
+        id: u32,
+        queue: &Arc<TimerQueue>,
+        lint0: Arc<AtomicBool>,
+        ticks: TickConfig,
+    ) -> Arc<Lapic> {
         Arc::new_cyclic(|this: &Weak<Lapic>| Lapic {
-            state: Mutex::new(LapicState::new(id)),
+            state: Mutex::new(LapicState::new(id, ticks)),
             events: AtomicU32::new(0),
+            due: AtomicU8::new(NOT_DUE),
             kick: OnceLock::new(),
             timer: queue.timer(this.clone() as Weak<dyn TimerHandler>),
             lint0,
@@ -63,17 +72,17 @@ impl Lapic {
 
     /// Changes the state, then updates timer and events, then kicks if something became pending.
     fn change<R>(&self, change: impl FnOnce(&mut LapicState) -> R) -> R {
-        self.change_timed(|state| (change(state), Nanos(0)))
+        self.change_timed(false, change)
     }
 
-    /// Likewise; the timer is served no earlier than the second value.
-    fn change_timed<R>(&self, change: impl FnOnce(&mut LapicState) -> (R, Nanos)) -> R {
+    /// Likewise; `expired`: the timer's deadline has passed, so that it is not set whatever it was.
+    fn change_timed<R>(&self, expired: bool, change: impl FnOnce(&mut LapicState) -> R) -> R {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let before = state.tick.deadline();
-        let (result, floor) = change(&mut state);
+        let result = change(&mut state);
         let after = state.tick.deadline();
-        if before != after {
-            self.timer.set(after.map(|at| at.max(floor)));
+        if expired || before != after {
+            self.timer.set_line(after);
         }
         let events = state.events();
         let new = events & !self.events.swap(events, Ordering::AcqRel);
@@ -84,7 +93,13 @@ impl Lapic {
         result
     }
 
-    fn kick_vcpu(&self) {
+    /// Whether the vCPU sleeps in HLT.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.kick.get().is_some_and(|kick| kick.is_idle())
+    }
+
+    /// Makes the vCPU look.
+    pub(crate) fn kick_vcpu(&self) {
         if let Some(kick) = self.kick.get() {
             kick.kick();
         }
@@ -94,8 +109,16 @@ impl Lapic {
         look(&self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What is pending; takes no lock.
+    /// What is pending, a tick that is due included: called on the vCPU's thread. Takes no lock without one.
     pub(crate) fn pending(&self) -> PendingEvents {
+        if self.due.load(Ordering::Acquire) != NOT_DUE {
+            let slept = self.due.swap(NOT_DUE, Ordering::AcqRel) == DUE_ASLEEP;
+            self.change_timed(true, |state| state.offer(self.base(), slept));
+        }
+        self.events()
+    }
+
+    fn events(&self) -> PendingEvents {
         let events = self.events.load(Ordering::Acquire);
         PendingEvents {
             interrupt: events & event::INTERRUPT != 0,
@@ -106,14 +129,15 @@ impl Lapic {
     }
 
     pub(crate) fn attach(&self, kick: Arc<dyn Kick>) {
-        if self.kick.set(kick).is_ok() && self.pending().any() {
+        if self.kick.set(kick).is_ok() && (self.events().any() || self.due.load(Ordering::Acquire) != NOT_DUE)
+        {
             self.kick_vcpu();
         }
     }
 
     /// Takes a vector into service; `Err(())` when the 8259 pair is to be asked for it.
     pub(crate) fn acknowledge(&self) -> Result<Option<u8>, ()> {
-        self.change(LapicState::acknowledge)
+        self.change(|state| state.acknowledge(self.base()))
     }
 
     pub(crate) fn take_nmi(&self) -> bool {
@@ -209,10 +233,8 @@ impl Lapic {
 
 impl TimerHandler for Lapic {
     fn expired(&self, _now: Nanos) {
-        self.change_timed(|state| {
-            let fired = state.expire(self.base());
-            let floor = if fired { self.base().now().saturating_add(SHORTEST_SERVICE) } else { Nanos(0) };
-            ((), floor)
-        });
+        // The queue fires once per deadline: the timer is set again when the tick was offered.
+        self.due.store(if self.is_idle() { DUE_ASLEEP } else { DUE }, Ordering::Release);
+        self.kick_vcpu();
     }
 }

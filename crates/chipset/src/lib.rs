@@ -13,6 +13,7 @@
 pub mod acpi;
 pub mod debug;
 pub mod doorbell;
+mod edge_ticks;
 pub mod hpet;
 pub mod i8042;
 pub mod ioapic;

@@ -282,6 +282,14 @@ impl Pic {
         self.with(Pair::acknowledge)
     }
 
+    /// The vector of ISA interrupt `irq`.
+    pub(crate) fn vector(&self, irq: u8) -> u8 {
+        self.with(|pair| {
+            let chip = if irq < 8 { &pair.master } else { &pair.slave };
+            chip.base | irq & 7
+        })
+    }
+
     pub(crate) fn read(&self, port: Port) -> u8 {
         self.with(|pair| {
             let (Port::Command { master } | Port::Data { master } | Port::Elcr { master }) = port;

@@ -2,6 +2,7 @@
 //! (Intel 8254 data sheet; 82371AB data sheet, 4.2.3).
 //!
 //! Counters run at [`PIT_HZ`] of guest time. A count is loaded at the tick of the write, not one later.
+//! Each rising edge of channel 0's output is a tick.
 
 mod channel;
 #[cfg(test)]
@@ -10,16 +11,15 @@ mod tests;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use wardian_bus::{Access, Device};
-use wardian_irq::Line;
-use wardian_time::{Nanos, Tick, Timer, TimerHandler, TimerQueue};
+use wardian_irq::{Gsi, Line, TickPort, TickSource};
+use wardian_time::{Grid, Nanos, Tick, TickConfig, TimeBase, Timer, TimerHandler, TimerQueue};
 
+use crate::edge_ticks::{EdgeTicks, tick_values};
 use channel::Channel;
 
 /// Input clock in Hz.
 pub const PIT_HZ: u64 = 1_193_182;
 
-/// Channel 0 is not served more often than this; ticks in between are swallowed, the grid stays.
-const SHORTEST_SERVICE: Nanos = Nanos(20_000);
 /// Half a period of the refresh request that bit 4 of port 61h shows.
 const REFRESH: u64 = 15_085;
 
@@ -38,19 +38,21 @@ pub struct Pit {
     state: Mutex<PitState>,
     timer: Timer,
     line: Line,
+    ticks: TickPort,
 }
 
 impl Pit {
-    /// A timer whose channel 0 drives `line`, served by `queue`.
+    /// A timer whose channel 0 drives `line`, served by `queue`, with ticks as `ticks` says.
     #[must_use]
-    pub fn new(queue: &Arc<TimerQueue>, line: Line) -> Arc<Pit> {
+    pub fn new(queue: &Arc<TimerQueue>, line: Line, ticks: TickConfig) -> Arc<Pit> {
         Arc::new_cyclic(|this: &Weak<Pit>| Pit {
             state: Mutex::new(PitState {
                 channels: [Channel::new(true), Channel::new(true), Channel::new(false)],
-                tick: Tick::stopped(),
+                tick: Tick::new(ticks),
                 control: 0,
             }),
             timer: queue.timer(this.clone() as Weak<dyn TimerHandler>),
+            ticks: line.ticks(this.clone() as Weak<dyn TickSource>),
             line,
         })
     }
@@ -69,14 +71,18 @@ impl Pit {
         self.timer.base().now().to_ticks(PIT_HZ)
     }
 
-    /// Lets the tick follow the next rising edge of channel 0's output after `now`, served no earlier
-    /// than `floor`.
-    fn rearm(&self, state: &mut PitState, now: u64, floor: Nanos) {
-        match state.channels[0].next_rise(now) {
-            Some(at) => state.tick.start_once(Nanos::from_ticks(at, PIT_HZ)),
+    /// Lets the tick follow the rising edges of channel 0's output after `now`.
+    fn restart(&self, state: &mut PitState, now: u64) {
+        let lag = self.timer.base().lag();
+        match state.channels[0].rises(now) {
+            // What guest clocks lag behind, the grid does as well.
+            Some((first, Some(every))) => {
+                state.tick.start_periodic(Grid { hz: PIT_HZ, first: first + lag.to_ticks(PIT_HZ), every });
+            }
+            Some((at, None)) => state.tick.start_once(Nanos::from_ticks(at, PIT_HZ).saturating_add(lag)),
             None => state.tick.stop(),
         }
-        self.timer.set(state.tick.deadline().map(|at| at.max(floor)));
+        self.timer.set_line(state.tick.deadline());
     }
 
     fn write_port(&self, port: u64, value: u8) {
@@ -86,7 +92,7 @@ impl Pit {
             0..=2 => {
                 state.channels[port as usize].write(value, now);
                 if port == 0 {
-                    self.rearm(&mut state, now, Nanos(0));
+                    self.restart(&mut state, now);
                 }
             }
             3 if value >> 6 == 3 => {
@@ -100,7 +106,7 @@ impl Pit {
                 let number = usize::from(value >> 6);
                 state.channels[number].control(value, now);
                 if number == 0 && value & 0x30 != 0 {
-                    self.rearm(&mut state, now, Nanos(0));
+                    self.restart(&mut state, now);
                 }
             }
             _ => {}
@@ -109,14 +115,39 @@ impl Pit {
 }
 
 impl TimerHandler for Pit {
-    fn expired(&self, now: Nanos) {
+    fn expired(&self, _now: Nanos) {
+        self.ticks.due();
+    }
+}
+
+impl EdgeTicks for Pit {
+    fn port(&self) -> &TickPort {
+        &self.ticks
+    }
+
+    fn base(&self) -> &TimeBase {
+        self.timer.base()
+    }
+
+    fn with_tick<R>(&self, change: impl FnOnce(&mut Tick) -> R) -> (R, Option<Gsi>) {
         let mut state = self.lock();
-        if !state.tick.take_due(now) {
-            return;
-        }
-        self.rearm(&mut state, now.to_ticks(PIT_HZ), now.saturating_add(SHORTEST_SERVICE));
-        drop(state);
-        self.line.pulse();
+        let result = change(&mut state.tick);
+        self.timer.set_line(state.tick.deadline());
+        (result, Some(self.line.gsi()))
+    }
+}
+
+impl TickSource for Pit {
+    fn offer(&self, slept: bool) {
+        self.offer_ticks(slept);
+    }
+
+    fn taken(&self) {
+        self.tick_taken();
+    }
+
+    fn retry(&self) {
+        self.tick_unmasked();
     }
 }
 
@@ -148,8 +179,8 @@ impl Device for Pit {
             .enumerate()
             .map(|(number, channel)| (format!("channel{number}"), channel.inspect(now)))
             .collect();
-        values.push(("next".to_owned(), format!("{:?}", state.tick.deadline())));
-        values.push(("delivered".to_owned(), state.tick.counts().0.to_string()));
+        values.push(("next".to_owned(), format!("{:?}", state.tick.next())));
+        values.extend(tick_values("ticks", &state.tick));
         values.push(("port61".to_owned(), format!("{:#x}", state.control)));
         values
     }

@@ -2,7 +2,8 @@
 //! century in register 32h as the FADT says.
 //!
 //! Its time is UTC: [`TimeBase::wall`] plus what the guest has set it off by. All of it is computed when a
-//! register is read; a host timer runs only while an enabled interrupt is due.
+//! register is read; a host timer runs only while an enabled interrupt is due. A periodic interrupt counts
+//! as taken when the guest reads register C.
 
 mod calendar;
 #[cfg(test)]
@@ -12,9 +13,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use calendar::{DateTime, Format};
 use wardian_bus::{Access, Device};
-use wardian_irq::Line;
-use wardian_time::{Nanos, Tick, TimeBase, Timer, TimerHandler, TimerQueue};
+use wardian_irq::{Line, TickPort, TickSource};
+use wardian_time::{Grid, Nanos, Tick, TickConfig, TimeBase, Timer, TimerHandler, TimerQueue};
 
+use crate::edge_ticks::tick_values;
 use crate::hpet::LegacyRouting;
 use crate::wire::{Output, Wire, lock};
 
@@ -86,13 +88,15 @@ struct State {
     divider_was_reset: bool,
     /// Second up to which updates and alarms are accounted.
     seen: i128,
-    /// Periodic interrupt, one grid point of the quartz after the other.
+    /// Periodic interrupt, while that is enabled; otherwise only its flag.
     tick: Tick,
+    /// The tick is due and vCPU 0 was asked to let it be offered.
+    handed: bool,
     wire: Wire,
 }
 
 impl State {
-    fn new(wall: Nanos, now: Nanos, memory: MemorySize) -> State {
+    fn new(wall: Nanos, line: Nanos, memory: MemorySize, ticks: TickConfig) -> State {
         let mut cmos = [0; 128];
         cmos[A] = 0x26;
         cmos[B] = B_24H;
@@ -118,10 +122,11 @@ impl State {
             offset: 0,
             divider_was_reset: false,
             seen: i128::from(wall.0) / SECOND,
-            tick: Tick::stopped(),
+            tick: Tick::new(ticks),
+            handed: false,
             wire: Wire::default(),
         };
-        state.arm_periodic(now);
+        state.arm_periodic(line);
         state
     }
 
@@ -152,21 +157,35 @@ impl State {
         (!self.divider_in_reset()).then(|| 1 << (code - 1))
     }
 
-    fn arm_periodic(&mut self, now: Nanos) {
+    /// Starts the periodic interrupt after `line`, in phase with the quartz.
+    fn arm_periodic(&mut self, line: Nanos) {
         match self.rate() {
             Some(every) => {
-                let next = (now.to_ticks(QUARTZ) / every + 1) * every;
-                self.tick.start_once(Nanos::from_ticks(next, QUARTZ));
+                let first = (line.to_ticks(QUARTZ) / every + 1) * every;
+                self.tick.start_periodic(Grid { hz: QUARTZ, first, every });
             }
             None => self.tick.stop(),
         }
     }
 
-    /// Accounts for everything that was due up to now.
-    fn advance(&mut self, now: Nanos, wall: Nanos) {
-        if self.tick.take_due(now) {
+    fn periodic_enabled(&self) -> bool {
+        self.cmos[B] & PERIODIC != 0
+    }
+
+    /// A due tick becomes an interrupt; says what guest clocks are to show ([`Tick::apparent`]).
+    fn offer(&mut self, line: Nanos, slept: bool) -> Option<(Nanos, bool)> {
+        self.handed = false;
+        if !self.periodic_enabled() || !self.tick.offer(line, slept) {
+            return None;
+        }
+        self.flags |= PERIODIC;
+        self.tick.apparent()
+    }
+
+    /// Accounts for everything that was due up to now, interrupts that count ticks excepted.
+    fn advance(&mut self, line: Nanos, wall: Nanos) {
+        if !self.periodic_enabled() && self.tick.skip(line) {
             self.flags |= PERIODIC;
-            self.arm_periodic(now);
         }
         let second = self.clock(wall).div_euclid(SECOND);
         if !self.held() && second > self.seen {
@@ -214,13 +233,14 @@ impl State {
         self.flags & self.cmos[B] & (PERIODIC | ALARM | UPDATE) != 0
     }
 
-    /// When an enabled interrupt is due. While one waits already, nothing more can happen to the line.
-    fn deadline(&self, now: Nanos, wall: Nanos) -> Option<Nanos> {
+    /// When on the time line an enabled interrupt is due. While one waits already, nothing more can happen
+    /// to the line.
+    fn deadline(&self, line: Nanos, wall: Nanos) -> Option<Nanos> {
         if self.interrupting() {
             return None;
         }
         let enabled = self.cmos[B];
-        let periodic = if enabled & PERIODIC != 0 { self.tick.deadline() } else { None };
+        let periodic = if self.periodic_enabled() && !self.handed { self.tick.deadline() } else { None };
         let second = if self.held() {
             None
         } else if enabled & UPDATE != 0 {
@@ -232,7 +252,7 @@ impl State {
         };
         let second = second.map(|second| {
             let wait = second * SECOND - self.clock(wall);
-            now.saturating_add(Nanos(u64::try_from(wait).unwrap_or(0)))
+            line.saturating_add(Nanos(u64::try_from(wait).unwrap_or(0)))
         });
         periodic.into_iter().chain(second).min()
     }
@@ -278,7 +298,7 @@ impl State {
     }
 
     /// Writes a control register that may hold or release the clock.
-    fn control(&mut self, register: usize, value: u8, now: Nanos, wall: Nanos) {
+    fn control(&mut self, register: usize, value: u8, line: Nanos, wall: Nanos) {
         let held = self.held();
         if !held && (register == A && value & 0x60 == 0x60 || register == B && value & B_SET != 0) {
             self.store(wall);
@@ -292,11 +312,15 @@ impl State {
             self.load(wall, phase);
         }
         if register == A {
-            self.arm_periodic(now);
+            self.arm_periodic(line);
+        }
+        if register == B && !self.periodic_enabled() {
+            // Interrupts that wait are nobody's any more; the grid stays.
+            self.arm_periodic(line);
         }
     }
 
-    fn read(&mut self, port: u64, wall: Nanos) -> u8 {
+    fn read(&mut self, port: u64, line: Nanos, wall: Nanos) -> u8 {
         if port != 1 {
             return 0xff; // the index port is write-only
         }
@@ -309,7 +333,11 @@ impl State {
             }
             C => {
                 let irqf = if self.interrupting() { C_IRQF } else { 0 };
-                std::mem::take(&mut self.flags) | irqf
+                let flags = std::mem::take(&mut self.flags) | irqf;
+                if flags & PERIODIC != 0 {
+                    self.tick.taken(line);
+                }
+                flags
             }
             D => D_VALID,
             _ if TIME_REGISTERS.contains(&register) && !self.held() => {
@@ -320,7 +348,7 @@ impl State {
         }
     }
 
-    fn write(&mut self, port: u64, value: u8, now: Nanos, wall: Nanos) {
+    fn write(&mut self, port: u64, value: u8, line: Nanos, wall: Nanos) {
         if port == 0 {
             self.index = value & 0x7f;
             self.nmi_masked = value & 0x80 != 0;
@@ -328,9 +356,9 @@ impl State {
         }
         let register = usize::from(self.index);
         match register {
-            A => self.control(A, value & !A_UIP, now, wall),
-            B if value & B_SET != 0 => self.control(B, value & !B_UIE, now, wall),
-            B => self.control(B, value, now, wall),
+            A => self.control(A, value & !A_UIP, line, wall),
+            B if value & B_SET != 0 => self.control(B, value & !B_UIE, line, wall),
+            B => self.control(B, value, line, wall),
             C | D => {}
             _ if TIME_REGISTERS.contains(&register) && !self.held() => {
                 let phase = self.clock(wall).rem_euclid(SECOND);
@@ -350,24 +378,35 @@ pub struct Rtc {
     state: Mutex<State>,
     base: Arc<TimeBase>,
     timer: OnceLock<Timer>,
+    ticks: OnceLock<TickPort>,
     line: Output,
     routing: LegacyRouting,
 }
 
 impl Rtc {
-    /// A clock on `queue`'s time whose interrupt is `line`, unless `routing` gives that to the HPET.
+    /// A clock on `queue`'s time whose interrupt is `line`, unless `routing` gives that to the HPET, and
+    /// whose periodic interrupt is treated as `ticks` says.
     #[must_use]
-    pub fn new(queue: &Arc<TimerQueue>, line: Line, memory: MemorySize, routing: LegacyRouting) -> Arc<Rtc> {
+    pub fn new(
+        queue: &Arc<TimerQueue>,
+        line: Line,
+        memory: MemorySize,
+        routing: LegacyRouting,
+        ticks: TickConfig,
+    ) -> Arc<Rtc> {
         let base = Arc::clone(queue.base());
+        let chip = Arc::clone(line.chip());
         let rtc = Arc::new(Rtc {
-            state: Mutex::new(State::new(base.wall(), base.now(), memory)),
+            state: Mutex::new(State::new(base.wall(), base.timeline(), memory, ticks)),
             base,
             timer: OnceLock::new(),
+            ticks: OnceLock::new(),
             line: Output::new(line),
             routing,
         });
         let handler: std::sync::Weak<Rtc> = Arc::downgrade(&rtc);
-        let _ = rtc.timer.set(queue.timer(handler));
+        let _ = rtc.timer.set(queue.timer(handler.clone()));
+        let _ = rtc.ticks.set(TickPort::new(chip, handler));
         rtc
     }
 
@@ -377,29 +416,61 @@ impl Rtc {
         lock(&self.state).nmi_masked
     }
 
+    /// Lets `change` at the state, at a point of the time line and the wall clock.
     fn change<R>(&self, change: impl FnOnce(&mut State, Nanos, Nanos) -> R) -> R {
-        let now = self.base.now();
-        let wall = self.base.wall_at_zero().saturating_add(now);
+        let line = self.base.timeline();
+        let wall = self.base.wall();
         let (result, wire) = {
             let mut state = lock(&self.state);
-            state.advance(now, wall);
-            let result = change(&mut state, now, wall);
+            state.advance(line, wall);
+            let result = change(&mut state, line, wall);
             let level = state.interrupting() && !self.routing.is_on();
             state.wire.set(level);
             if let Some(timer) = self.timer.get() {
-                timer.set(state.deadline(now, wall));
+                timer.set_line(state.deadline(line, wall));
             }
             (result, state.wire)
         };
         self.line.publish(wire);
         result
     }
+
+    fn offer_tick(&self, slept: bool) {
+        // What guest clocks show changes before the interrupt does.
+        let apparent = self.change_quietly(|state, line| state.offer(line, slept));
+        if let Some((at, back)) = apparent {
+            self.base.show(at, back);
+        }
+        self.change(|_, _, _| ());
+    }
+
+    /// Likewise, without telling the line.
+    fn change_quietly<R>(&self, change: impl FnOnce(&mut State, Nanos) -> R) -> R {
+        change(&mut lock(&self.state), self.base.timeline())
+    }
 }
 
 impl TimerHandler for Rtc {
     fn expired(&self, _now: Nanos) {
-        self.change(|_, _, _| ());
+        let due = self.change(|state, line, _| {
+            let due = state.periodic_enabled() && !state.handed && state.tick.is_due(line);
+            state.handed |= due;
+            due
+        });
+        if due && let Some(ticks) = self.ticks.get() {
+            ticks.due();
+        }
     }
+}
+
+impl TickSource for Rtc {
+    fn offer(&self, slept: bool) {
+        self.offer_tick(slept);
+    }
+
+    // The line is a level: register C tells.
+    fn taken(&self) {}
+    fn retry(&self) {}
 }
 
 impl Device for Rtc {
@@ -408,17 +479,21 @@ impl Device for Rtc {
     }
 
     fn read(&self, at: Access, data: &mut [u8]) {
-        self.change(|state, _, wall| {
+        let again = self.change(|state, line, wall| {
             for (port, byte) in (at.offset..).zip(data.iter_mut()) {
-                *byte = state.read(port, wall);
+                *byte = state.read(port, line, wall);
             }
+            state.tick.backlog() > 0 && !state.tick.is_raised()
         });
+        if again {
+            self.offer_tick(true); // the line was seen to fall
+        }
     }
 
     fn write(&self, at: Access, data: &[u8]) {
-        self.change(|state, now, wall| {
+        self.change(|state, line, wall| {
             for (port, byte) in (at.offset..).zip(data).filter(|(port, _)| *port < 2) {
-                state.write(port, *byte, now, wall);
+                state.write(port, *byte, line, wall);
             }
         });
     }
@@ -427,7 +502,7 @@ impl Device for Rtc {
         let wall = self.base.wall();
         let state = lock(&self.state);
         let hex = |value: u8| format!("{value:#04x}");
-        vec![
+        let mut values = vec![
             ("time".into(), DateTime::from_seconds(state.clock(wall).div_euclid(SECOND)).to_string()),
             ("offset_ns".into(), state.offset.to_string()),
             ("index".into(), hex(state.index)),
@@ -436,7 +511,8 @@ impl Device for Rtc {
             ("b".into(), hex(state.cmos[B])),
             ("c".into(), hex(state.flags)),
             ("interrupt".into(), state.wire.level().to_string()),
-            ("periodic_delivered".into(), state.tick.counts().0.to_string()),
-        ]
+        ];
+        values.extend(tick_values("periodic", &state.tick));
+        values
     }
 }

@@ -24,11 +24,6 @@ impl Wire {
         }
     }
 
-    /// A rising edge that ends low.
-    pub(crate) fn pulse(&mut self) {
-        self.0 += if self.level() { 3 } else { 2 };
-    }
-
     pub(crate) fn level(self) -> bool {
         self.0 & 1 != 0
     }
@@ -131,7 +126,9 @@ pub(crate) mod tests {
         assert_eq!((chip.edges(Gsi(3)), chip.level(Gsi(3))), (2, true));
         output.publish(old);
         assert!(chip.level(Gsi(3)));
-        wire.pulse();
+        wire.set(false);
+        wire.set(true);
+        wire.set(false);
         output.publish(wire);
         assert_eq!((chip.edges(Gsi(3)), chip.level(Gsi(3))), (3, false));
         wire.set(false);

@@ -8,7 +8,7 @@
 //!
 //! **API Boundary:** everything in this room.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// A global system interrupt: an input of the IOAPIC; 0-15 also reach the 8259 pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -40,6 +40,83 @@ pub trait IrqChip: Send + Sync {
     fn set_line(&self, gsi: Gsi, level: bool) -> Delivery;
     /// Delivers a message-signalled interrupt.
     fn signal_msi(&self, message: MsiMessage) -> Delivery;
+    /// Takes note of a timer that wants its ticks to become interrupts on the thread of a vCPU, and to
+    /// know when the guest takes them: its number. `None` where the chip cannot do that.
+    fn attach_ticks(&self, _source: Weak<dyn TickSource>) -> Option<TickId> {
+        None
+    }
+    /// Timer `id` has something to offer: its vCPU calls [`TickSource::offer`] soon.
+    fn tick_due(&self, _id: TickId) {}
+    /// An edge on input `gsi` for timer `id`, which learns when the guest takes it.
+    fn tick_edge(&self, _id: TickId, gsi: Gsi) -> Delivery {
+        let delivery = self.set_line(gsi, true);
+        self.set_line(gsi, false);
+        delivery
+    }
+}
+
+/// Number of a [`TickSource`] at its chip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TickId(pub u8);
+
+/// A timer whose interrupts count time for the guest. No lock of the chip is held in its calls.
+pub trait TickSource: Send + Sync {
+    /// Now a tick can become an interrupt: called on the thread of the vCPU that takes the machine's timer
+    /// interrupts, before it runs guest code on. `slept`: it was halted when the tick came due.
+    fn offer(&self, slept: bool);
+    /// The guest took the interrupt of the last [`IrqChip::tick_edge`].
+    fn taken(&self);
+    /// The guest changed what it masks: an interrupt that was refused may be tried again.
+    fn retry(&self);
+}
+
+/// A timer's way to the interrupt chip.
+pub struct TickPort {
+    chip: Arc<dyn IrqChip>,
+    source: Weak<dyn TickSource>,
+    id: Option<TickId>,
+}
+
+impl TickPort {
+    /// Makes `source` known to `chip`.
+    #[must_use]
+    pub fn new(chip: Arc<dyn IrqChip>, source: Weak<dyn TickSource>) -> TickPort {
+        let id = chip.attach_ticks(Weak::clone(&source));
+        TickPort { chip, source, id }
+    }
+
+    /// Something is to be offered. Where the chip has no such thread, that happens here and now.
+    pub fn due(&self) {
+        match self.id {
+            Some(id) => self.chip.tick_due(id),
+            None => {
+                if let Some(source) = self.source.upgrade() {
+                    source.offer(true);
+                }
+            }
+        }
+    }
+
+    /// An edge on input `gsi`; [`TickSource::taken`] follows when the guest takes it. Where the chip does
+    /// not know that, an accepted interrupt counts as taken.
+    pub fn edge(&self, gsi: Gsi) -> Delivery {
+        match self.id {
+            Some(id) => self.chip.tick_edge(id, gsi),
+            None => self.chip.tick_edge(TickId(0), gsi),
+        }
+    }
+
+    /// Whether [`TickSource::taken`] follows an edge.
+    #[must_use]
+    pub fn tells_taken(&self) -> bool {
+        self.id.is_some()
+    }
+}
+
+impl std::fmt::Debug for TickPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("TickPort").field(&self.id).finish()
+    }
 }
 
 /// One input of the chip, held by one device.
@@ -54,6 +131,18 @@ impl Line {
     #[must_use]
     pub fn new(chip: Arc<dyn IrqChip>, gsi: Gsi) -> Line {
         Line { chip, gsi }
+    }
+
+    /// The way of a timer to the chip of this line.
+    #[must_use]
+    pub fn ticks(&self, source: Weak<dyn TickSource>) -> TickPort {
+        TickPort::new(Arc::clone(&self.chip), source)
+    }
+
+    /// The chip.
+    #[must_use]
+    pub fn chip(&self) -> &Arc<dyn IrqChip> {
+        &self.chip
     }
 
     /// Which input this is.
@@ -86,6 +175,10 @@ impl std::fmt::Debug for Line {
 pub trait Kick: Send + Sync {
     /// Kicks.
     fn kick(&self);
+    /// Whether the vCPU sleeps in HLT now.
+    fn is_idle(&self) -> bool {
+        false
+    }
 }
 
 /// What waits for a vCPU at its local APIC.

@@ -118,13 +118,14 @@ impl Shop<'_> {
             spaces.port(ports, device)?;
         }
         let routing = LegacyRouting::default();
-        let pit = Pit::new(self.queue, self.line(layout::GSI_TIMER));
+        let timers = self.plan.timers;
+        let pit = Pit::new(self.queue, routing.gate(self.line(layout::GSI_TIMER)), timers.pit);
         spaces.port(0x61..0x62, pit.port61())?;
         spaces.port(0x40..0x44, pit)?;
-        spaces.memory(layout::HPET, Hpet::new(self.queue, &self.irqs(), routing.clone()))?;
+        spaces.memory(layout::HPET, Hpet::new(self.queue, &self.irqs(), routing.clone(), timers.hpet))?;
         let low = self.memory.size().min(layout::LOW_RAM_END);
         let size = MemorySize { low, high: self.memory.size() - low };
-        let rtc = Rtc::new(self.queue, self.line(layout::GSI_RTC), size, routing);
+        let rtc = Rtc::new(self.queue, self.line(layout::GSI_RTC), size, routing, timers.rtc);
         spaces.port(layout::RTC_PORTS, rtc)?;
         let pm = Pm::new(self.queue, self.line(layout::GSI_SCI), Arc::clone(&self.power));
         spaces.port(layout::PM_PORTS, pm)?;
@@ -217,7 +218,7 @@ pub(crate) fn assemble(
 ) -> Result<Parts, MachineError> {
     // Input first: what can be refused is refused before anything is created.
     let memory = GuestMemory::new(plan.memory)?;
-    let time = TimeBase::host();
+    let time = TimeBase::host_with(plan.timers.time_config(plan.tsc));
     let queue = TimerQueue::new(Arc::clone(&time));
     let cpu =
         EngineArgs { choice: plan.engine, memory: &memory, time: &time, cpus: plan.cpus, cpu: &plan.cpu };
@@ -240,7 +241,7 @@ pub(crate) fn assemble(
     let disks = open_disks(plan)?;
     let outputs = outputs()?;
 
-    let chip = SoftIrqChip::new(plan.cpus, &queue);
+    let chip = SoftIrqChip::with_ticks(plan.cpus, &queue, plan.timers.lapic);
     let mut slots = Vec::with_capacity(plan.cpus);
     for index in 0..plan.cpus {
         let local = chip.local(index).ok_or_else(|| MachineError::Host {

@@ -57,7 +57,7 @@ pub enum ConfigError {
     TerminalTwice,
 }
 
-fn bad(what: &'static str, value: &str, why: impl Into<String>) -> ConfigError {
+pub(crate) fn bad(what: &'static str, value: &str, why: impl Into<String>) -> ConfigError {
     ConfigError::Value { what, value: value.to_owned(), why: why.into() }
 }
 
@@ -85,6 +85,10 @@ macro_rules! by_text {
         }
     };
 }
+
+mod timers;
+
+pub use timers::{TimerPolicies, Timers, TscModeArg};
 
 /// Bytes of guest RAM: a number with an optional K, M, G or T (powers of 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -336,6 +340,12 @@ pub struct Config {
     pub gdb_wait: bool,
     /// A reset ends the machine.
     pub no_reboot: bool,
+    /// What becomes of ticks that come late; late-one if not given.
+    pub timer_policy: TimerPolicies,
+    /// Periodic timers tick at multiples of their period.
+    pub timer_align: bool,
+    /// The guest's time-stamp counter.
+    pub tsc_mode: Option<TscModeArg>,
     /// Counters are printed at the end.
     pub stats: bool,
     /// Counters are written here at the end, as JSON.
@@ -420,6 +430,9 @@ impl Config {
             gdb: over.gdb.or(self.gdb),
             gdb_wait: over.gdb_wait || self.gdb_wait,
             no_reboot: over.no_reboot || self.no_reboot,
+            timer_policy: self.timer_policy.overridden_by(over.timer_policy),
+            timer_align: over.timer_align || self.timer_align,
+            tsc_mode: over.tsc_mode.or(self.tsc_mode),
             stats: over.stats || self.stats,
             stats_json: over.stats_json.or(self.stats_json),
         }
@@ -455,6 +468,8 @@ impl Config {
             gdb_wait: self.gdb_wait && self.gdb.is_some(),
             gdb: self.gdb,
             no_reboot: self.no_reboot,
+            timers: self.timer_policy.resolve(self.timer_align),
+            tsc: self.tsc_mode.unwrap_or_default().0,
         })
     }
 }
@@ -498,6 +513,10 @@ pub struct Plan {
     pub gdb_wait: bool,
     /// A reset ends the machine.
     pub no_reboot: bool,
+    /// How the timers treat their ticks.
+    pub timers: Timers,
+    /// The guest's time-stamp counter.
+    pub tsc: wardian_time::TscMode,
 }
 
 #[cfg(test)]
@@ -531,6 +550,9 @@ mod tests {
             gdb = 1234
             gdb-wait = true
             no-reboot = true
+            timer-policy = "sync,pit=replay"
+            timer-align = true
+            tsc-mode = "emulate"
             stats = true
             stats-json = "out.json"
             "#,
@@ -543,6 +565,8 @@ mod tests {
         assert!(config.stats && config.gdb_wait && config.debug_exit && config.no_reboot);
         let plan = config.check().unwrap();
         assert_eq!((plan.memory, plan.cpus), (1 << 30, 4));
+        assert_eq!(plan.timers.pit.policy, wardian_time::TickPolicy::Replay);
+        assert!(plan.timers.lapic.align && plan.tsc == wardian_time::TscMode::Emulate);
         assert_eq!(plan.debug_console, Endpoint::File("log".into()));
         assert_eq!(plan.doorbell.as_deref(), Some(Path::new("rings.csv")));
     }
@@ -559,6 +583,8 @@ mod tests {
             ("disk = [{ path = \"a\", cache = true }]\n", "unknown field `cache`"),
             ("serial = \"pty\"\n", "field `serial`: 'pty' is no place"),
             ("gdb = 70000\n", "field `gdb`: '70000' is no address"),
+            ("timer-policy = \"late\"\n", "guest.toml:1:16: field `timer-policy`: 'late' is no timer policy"),
+            ("tsc-mode = \"fast\"\n", "field `tsc-mode`: 'fast' is no TSC mode"),
             ("kernel = \n", "guest.toml:1:"),
             ("kernel = \"a\"\nkernel = \"b\"\n", "guest.toml:2:1: "),
         ];

@@ -37,6 +37,7 @@ mod wake;
 
 pub use config::{
     Config, ConfigError, CpuCount, DiskArg, Endpoint, EngineChoice, MAX_CPUS, MemorySize, ModuleArg, Plan,
+    TimerPolicies, Timers, TscModeArg,
 };
 pub use error::{MachineError, Outcome, status};
 pub use lifecycle::Control;

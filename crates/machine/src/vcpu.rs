@@ -103,7 +103,7 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
             Ok(exit) => exit,
             Err(error) => return around.ending.request(End::Engine(error)),
         };
-        let begin = around.time.tsc();
+        let begin = around.time.ticks();
         let kind = Kind::of(&exit);
         slot.last.store(kind as u8, Ordering::Relaxed);
         answer = Answer::None;
@@ -134,6 +134,6 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
                 complete = false;
             }
         }
-        slot.stats.record(kind, around.time.tsc().wrapping_sub(begin));
+        slot.stats.record(kind, around.time.ticks().wrapping_sub(begin));
     }
 }

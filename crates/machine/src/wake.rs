@@ -51,7 +51,7 @@ impl Wake {
         self.sleeping.store(false, Ordering::SeqCst);
     }
 
-    /// Whether the vCPU's thread sleeps, for display.
+    /// Whether the vCPU's thread sleeps.
     pub(crate) fn sleeps(&self) -> bool {
         self.sleeping.load(Ordering::Relaxed)
     }
@@ -65,5 +65,9 @@ impl Kick for Wake {
             drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
             self.changed.notify_all();
         }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.sleeps()
     }
 }

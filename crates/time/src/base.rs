@@ -25,20 +25,50 @@ enum Source {
     Manual(AtomicU64),
 }
 
+/// How the guest's time-stamp counter relates to the host's (Xen's `tsc_mode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TscMode {
+    /// Starts at 0, runs at the host's rate while the machine runs. Across a restore it goes on from where
+    /// it was; where the host's rate is another, the guest is told by its paravirtual clock.
+    #[default]
+    Default,
+    /// Likewise, but every reading is made by the machine and is higher than the one before, on whichever
+    /// vCPU. Across a restore the rate stays what it was.
+    Emulate,
+    /// The host's counter itself, pauses and restores included: no promise of rate or monotony across them.
+    Native,
+}
+
+/// How a [`TimeBase`] is built.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TimeConfig {
+    /// The guest's time-stamp counter.
+    pub tsc: TscMode,
+    /// Some timer may make guest clocks lag ([`TickPolicy::Delay`](crate::TickPolicy)): readings are noted.
+    pub may_lag: bool,
+}
+
 /// The only owner of a machine's time.
 ///
-/// Guest TSC = host TSC + offset (mod 2^64), at the host's rate; guest nanoseconds are a fixed linear
-/// function of the guest TSC (the one that the kvmclock page publishes), so the two never disagree.
+/// The *time line* runs while the machine runs, at the rate of the host TSC. Guest clocks are functions of
+/// it: they show it less a lag that is zero but for timers that delay time ([`TimeBase::show`]), and guest
+/// nanoseconds are a fixed linear function of the guest TSC (the one that the kvmclock page publishes), so
+/// the two never disagree. Deadlines ([`TimerQueue`](crate::TimerQueue)) are points of the time line.
 /// Built paused, at time 0.
 #[derive(Debug)]
 pub struct TimeBase {
     source: Source,
     hz: u64,
     scale: TscScale,
-    /// Guest TSC - host TSC while running.
+    /// Time line in TSC ticks - host TSC while running.
     offset: AtomicU64,
+    /// How far guest clocks stay behind the time line, in TSC ticks ([`TimeBase::show`]).
+    lag: AtomicU64,
+    /// The latest guest TSC that anybody read, if that is noted.
+    latest: Option<AtomicU64>,
+    mode: TscMode,
     running: AtomicBool,
-    /// Guest TSC and host wall clock at the last pause.
+    /// Time line in TSC ticks and host wall clock at the last pause. Its lock is held to change `lag`.
     paused: Mutex<(u64, Nanos)>,
     /// Wall clock (ns since the epoch) at guest time 0.
     wall_at_zero: AtomicU64,
@@ -48,21 +78,37 @@ impl TimeBase {
     /// A base that follows the host's clock. Built paused.
     #[must_use]
     pub fn host() -> Arc<TimeBase> {
-        Self::build(Source::Tsc, host::tsc_hz(), host::wall())
+        Self::host_with(TimeConfig::default())
+    }
+
+    /// Likewise, as `config` says.
+    #[must_use]
+    pub fn host_with(config: TimeConfig) -> Arc<TimeBase> {
+        Self::build(Source::Tsc, host::tsc_hz(), host::wall(), config)
     }
 
     /// A base that moves only by [`TimeBase::advance`], at 1 GHz TSC, from the epoch `wall`.
     #[must_use]
     pub fn manual(wall: Nanos) -> Arc<TimeBase> {
-        Self::build(Source::Manual(AtomicU64::new(0)), 1_000_000_000, wall)
+        Self::manual_with(wall, TimeConfig::default())
     }
 
-    fn build(source: Source, hz: u64, wall: Nanos) -> Arc<TimeBase> {
+    /// Likewise, as `config` says.
+    #[must_use]
+    pub fn manual_with(wall: Nanos, config: TimeConfig) -> Arc<TimeBase> {
+        Self::build(Source::Manual(AtomicU64::new(0)), 1_000_000_000, wall, config)
+    }
+
+    fn build(source: Source, hz: u64, wall: Nanos, config: TimeConfig) -> Arc<TimeBase> {
+        let noted = config.may_lag || config.tsc == TscMode::Emulate;
         Arc::new(TimeBase {
             source,
             hz,
             scale: TscScale::for_hz(hz),
             offset: AtomicU64::new(0),
+            lag: AtomicU64::new(0),
+            latest: noted.then(AtomicU64::default),
+            mode: config.tsc,
             running: AtomicBool::new(false),
             paused: Mutex::new((0, wall)),
             wall_at_zero: AtomicU64::new(wall.0),
@@ -83,19 +129,82 @@ impl TimeBase {
         }
     }
 
-    /// Guest time now.
+    /// Guest time now: what guest clocks show.
     #[must_use]
     pub fn now(&self) -> Nanos {
-        self.at_tsc(self.tsc())
+        Nanos(self.scale.to_ns(self.shown()))
+    }
+
+    /// The time line now: what deadlines refer to. Not earlier than [`TimeBase::now`].
+    #[must_use]
+    pub fn timeline(&self) -> Nanos {
+        Nanos(self.scale.to_ns(self.line()))
+    }
+
+    /// The time line in TSC ticks, to measure spans with.
+    #[must_use]
+    pub fn ticks(&self) -> u64 {
+        self.line()
+    }
+
+    /// How far guest clocks are behind the time line.
+    #[must_use]
+    pub fn lag(&self) -> Nanos {
+        Nanos(self.scale.to_ns(self.lag.load(Ordering::Acquire)))
+    }
+
+    /// The time line in TSC ticks.
+    fn line(&self) -> u64 {
+        if self.running.load(Ordering::Acquire) {
+            self.raw().wrapping_add(self.offset.load(Ordering::Acquire))
+        } else {
+            self.paused.lock().unwrap_or_else(std::sync::PoisonError::into_inner).0
+        }
+    }
+
+    /// Guest clocks in TSC ticks since time 0. Where readings are noted, none is earlier than another.
+    fn shown(&self) -> u64 {
+        let shown = self.line().saturating_sub(self.lag.load(Ordering::Acquire));
+        match &self.latest {
+            Some(latest) => latest.fetch_max(shown, Ordering::AcqRel).max(shown),
+            None => shown,
+        }
+    }
+
+    /// Lets guest clocks show `at`, a point of the time line that is not in its future: they lag behind it
+    /// from now on. They go forward to it, or back if `back`, though never behind what was read. Does
+    /// nothing unless the base was built to lag.
+    pub fn show(&self, at: Nanos, back: bool) {
+        let Some(latest) = &self.latest else { return };
+        let _changing = self.paused.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if !self.running.load(Ordering::Acquire) {
+            return;
+        }
+        let line = self.raw().wrapping_add(self.offset.load(Ordering::Acquire));
+        let old = self.lag.load(Ordering::Acquire);
+        let wanted = line.saturating_sub(at.to_ticks(self.hz));
+        let lag = if wanted <= old {
+            wanted
+        } else if back {
+            wanted.min(line.saturating_sub(latest.load(Ordering::Acquire))).max(old)
+        } else {
+            old
+        };
+        self.lag.store(lag, Ordering::Release);
     }
 
     /// The guest's time-stamp counter now (before a vCPU's own `IA32_TSC_ADJUST`).
     #[must_use]
     pub fn tsc(&self) -> u64 {
-        if self.running.load(Ordering::Acquire) {
-            self.raw().wrapping_add(self.offset.load(Ordering::Acquire))
-        } else {
-            self.paused.lock().unwrap_or_else(std::sync::PoisonError::into_inner).0
+        match (self.mode, &self.latest) {
+            (TscMode::Native, _) => self.raw(),
+            (TscMode::Emulate, Some(latest)) => {
+                let now = self.line().saturating_sub(self.lag.load(Ordering::Acquire));
+                let next = |last: u64| Some(now.max(last.saturating_add(1)));
+                let last = latest.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+                last.map_or(now, |last| now.max(last.saturating_add(1)))
+            }
+            _ => self.shown(),
         }
     }
 
@@ -106,22 +215,14 @@ impl TimeBase {
     }
 
     /// What translated code adds to a host RDTSC to get the guest's, valid until the next pause;
-    /// `None` when the base does not follow the host TSC.
+    /// `None` when readings must be made by [`TimeBase::tsc`].
     #[must_use]
     pub fn tsc_offset(&self) -> Option<u64> {
-        matches!(self.source, Source::Tsc).then(|| self.offset.load(Ordering::Acquire))
-    }
-
-    /// Guest time at which the guest TSC shows `tsc`.
-    #[must_use]
-    pub fn at_tsc(&self, tsc: u64) -> Nanos {
-        Nanos(self.scale.to_ns(tsc))
-    }
-
-    /// The first guest TSC value whose time is not before `at`.
-    #[must_use]
-    pub fn tsc_at(&self, at: Nanos) -> u64 {
-        at.to_ticks(self.hz).saturating_add(1)
+        match (&self.source, &self.latest, self.mode) {
+            (Source::Tsc, None, TscMode::Native) => Some(0),
+            (Source::Tsc, None, _) => Some(self.offset.load(Ordering::Acquire)),
+            _ => None,
+        }
     }
 
     /// Whether guest time runs.
@@ -172,8 +273,13 @@ impl TimeBase {
     /// The kvmclock record that describes this base (the same for every vCPU).
     #[must_use]
     pub fn pvclock(&self) -> PvClock {
+        let tsc_timestamp = match self.mode {
+            // The counter showed this at guest time 0, had it run as the machine did.
+            TscMode::Native => self.offset.load(Ordering::Acquire).wrapping_neg(),
+            _ => 0,
+        };
         PvClock {
-            tsc_timestamp: 0,
+            tsc_timestamp,
             system_time: Nanos(0),
             scale: self.scale,
             stable: true,

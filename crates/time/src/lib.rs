@@ -9,20 +9,22 @@
 //! [`TimeBase`], so all of them lag or lead together. **Architecture Invariant:** deadlines are
 //! absolute and periodic ticks stay on their grid; nothing re-arms at "now + period".
 //!
-//! **API Boundary:** [`TimeBase`], [`TimerQueue`], [`Timer`], [`Tick`], [`paravirt`].
+//! **API Boundary:** [`TimeBase`], [`TimerQueue`], [`Timer`], [`Tick`], [`TickPolicy`], [`paravirt`].
 
 mod base;
 mod host;
 pub mod paravirt;
+mod policy;
 mod queue;
 #[cfg(test)]
 mod tests;
 mod tick;
 
-pub use base::{ResumePolicy, TimeBase};
+pub use base::{ResumePolicy, TimeBase, TimeConfig, TscMode};
 pub use host::{RunDelay, raw as host_raw, set_timer_slack};
+pub use policy::{SLEW, TickConfig, TickPolicy, UnknownPolicy};
 pub use queue::{Timer, TimerHandler, TimerQueue};
-pub use tick::Tick;
+pub use tick::{Grid, MAX_BACKLOG, PREEMPTED, SHORTEST_SERVICE, Tick, TickCounts};
 
 /// A point in guest time, or a span of it, in nanoseconds. Guest time starts at 0 when the machine
 /// is built and runs only while the machine runs.

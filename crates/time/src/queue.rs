@@ -9,7 +9,8 @@ use crate::{Nanos, TimeBase};
 
 /// Something that wants to know when its deadline has passed.
 pub trait TimerHandler: Send + Sync {
-    /// Called on the serving thread, without any lock of the queue held, once per armed deadline.
+    /// Called on the serving thread, without any lock of the queue held, once per armed deadline. `now` is
+    /// guest time.
     fn expired(&self, now: Nanos);
 }
 
@@ -24,7 +25,7 @@ struct Slot {
     handler: Weak<dyn TimerHandler>,
 }
 
-/// All deadlines of one machine, in guest time.
+/// All deadlines of one machine, as points of its time line.
 ///
 /// Lock order: the queue's lock is a leaf; handlers are called without it.
 pub struct TimerQueue {
@@ -87,11 +88,11 @@ impl TimerQueue {
         self.lock().armed.first().map(|first| first.0)
     }
 
-    /// Calls every handler whose deadline is not after the base's now; says how many.
+    /// Calls every handler whose deadline is not after the base's time line; says how many.
     pub fn run_due(&self) -> usize {
         let mut count = 0;
         loop {
-            let now = self.base.now();
+            let now = self.base.timeline();
             let handler = {
                 let mut inner = self.lock();
                 match inner.armed.first().copied() {
@@ -104,7 +105,8 @@ impl TimerQueue {
                 }
             };
             if let Some(handler) = handler {
-                handler.expired(now);
+                // Not a reading by the guest.
+                handler.expired(now.saturating_sub(self.base.lag()));
                 count += 1;
             }
         }
@@ -124,7 +126,7 @@ impl TimerQueue {
             }
             let wait = match inner.armed.first() {
                 Some((at, _)) if self.base.is_running() => {
-                    let now = self.base.now();
+                    let now = self.base.timeline();
                     if *at <= now {
                         continue;
                     }
@@ -168,7 +170,7 @@ pub struct Timer {
 impl Timer {
     /// Arms the timer for guest time `at`, replacing an older deadline.
     pub fn arm(&self, at: Nanos) {
-        self.queue.arm(self.id, Some(at));
+        self.set(Some(at));
     }
 
     /// Disarms the timer.
@@ -176,8 +178,14 @@ impl Timer {
         self.queue.arm(self.id, None);
     }
 
-    /// Arms or disarms.
+    /// Arms the timer for a guest time, or disarms it.
     pub fn set(&self, at: Option<Nanos>) {
+        let lag = self.queue.base.lag();
+        self.queue.arm(self.id, at.map(|at| at.saturating_add(lag)));
+    }
+
+    /// Arms the timer for a point of the time line, as a [`Tick`](crate::Tick) says it, or disarms it.
+    pub fn set_line(&self, at: Option<Nanos>) {
         self.queue.arm(self.id, at);
     }
 

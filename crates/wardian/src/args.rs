@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use wardian_machine::{
     Config, ConfigError, CpuCount, DebugAddress, DiskArg, Endpoint, EngineChoice, MemorySize, ModuleArg,
+    TimerPolicies, TscModeArg,
 };
 
 const STATUSES: &str = "\
@@ -101,6 +102,18 @@ pub(crate) struct Run {
     /// End at a reset instead of starting anew.
     #[arg(long)]
     no_reboot: bool,
+    /// What becomes of timer ticks that the guest could not take in time: delay, replay, replay-slew, sync,
+    /// late-one or async, for all timers or for pit, rtc, hpet or lapic (rtc=replay-slew); may be repeated
+    /// [default: late-one].
+    #[arg(long, value_name = "[DEVICE=]POLICY")]
+    timer_policy: Vec<TimerPolicies>,
+    /// Let periodic timers tick at multiples of their period, so that the host wakes less often.
+    #[arg(long)]
+    timer_align: bool,
+    /// Time-stamp counter of the guest: default (the host's rate, from 0), emulate (likewise, strictly
+    /// increasing) or native (the host's own) [default: default].
+    #[arg(long, value_name = "MODE")]
+    tsc_mode: Option<TscModeArg>,
     /// Print exit and engine counters at the end.
     #[arg(long)]
     stats: bool,
@@ -139,6 +152,12 @@ impl Run {
             gdb: gdb.transpose()?,
             gdb_wait: self.gdb_wait,
             no_reboot: self.no_reboot,
+            timer_policy: self
+                .timer_policy
+                .into_iter()
+                .fold(TimerPolicies::default(), TimerPolicies::overridden_by),
+            timer_align: self.timer_align,
+            tsc_mode: self.tsc_mode,
             stats: self.stats,
             stats_json: self.stats_json,
         }))

@@ -1,10 +1,12 @@
 //! The registers and the state machine behind them; pure, with "now" as an argument.
 
 use serde::{Deserialize, Serialize};
-use wardian_time::{Nanos, Tick};
+use wardian_irq::Gsi;
+use wardian_time::{Grid, Nanos, Tick, TickConfig};
 
 use super::{CAPABILITIES, MIN_PERIOD_TICKS, PERIOD_NS};
-use crate::layout::GSI_HPET;
+use crate::edge_ticks::tick_values;
+use crate::layout::{GSI_HPET, GSI_RTC, GSI_TIMER};
 use crate::wire::Wire;
 
 /// Offset of the main counter.
@@ -12,7 +14,7 @@ pub(super) const COUNTER: u64 = 0xf0;
 const CAPABILITY: u64 = 0x00;
 const CONFIGURATION: u64 = 0x10;
 const STATUS: u64 = 0x20;
-const TIMERS: usize = 3;
+pub(super) const TIMERS: usize = 3;
 /// Lines: system timer, RTC and the four of [`GSI_HPET`].
 pub(super) const OUTPUTS: usize = 6;
 
@@ -48,6 +50,8 @@ struct Comparator {
     /// The counter has not reached `at` since that was set.
     armed: bool,
     tick: Tick,
+    /// The tick is due and vCPU 0 was asked to let it be offered.
+    handed: bool,
 }
 
 impl Comparator {
@@ -126,14 +130,19 @@ pub(super) struct Regs {
     wires: [Wire; OUTPUTS],
 }
 
-impl Default for Regs {
-    fn default() -> Regs {
+/// Counter periods per second.
+const HZ: u64 = 1_000_000_000 / PERIOD_NS;
+
+impl Regs {
+    /// The registers after reset, with ticks treated as `ticks` says.
+    pub(super) fn new(ticks: TickConfig) -> Regs {
         let timer = Comparator {
             config: u64::from(GSI_HPET[0].0) << T_ROUTE_SHIFT,
             at: u64::MAX,
             period: 0,
             armed: false,
-            tick: Tick::stopped(),
+            tick: Tick::new(ticks),
+            handed: false,
         };
         Regs { config: 0, status: 0, counter: 0, timers: [timer; TIMERS], wires: [Wire::default(); OUTPUTS] }
     }
@@ -161,15 +170,19 @@ impl Regs {
         GSI_HPET.iter().position(|gsi| u64::from(gsi.0) == route).map(|at| at + 2)
     }
 
-    fn fire(&mut self, index: usize) {
-        let timer = self.timers[index];
-        if timer.is(T_LEVEL) {
-            self.status |= 1 << index;
-        } else if timer.is(T_INTERRUPT)
-            && let Some(output) = self.output(index)
-        {
-            self.wires[output].pulse();
-        }
+    /// The input that timer `index` sends edges to; `None` if it has no route.
+    pub(super) fn edge_input(&self, index: usize) -> Option<Gsi> {
+        let [a, b, c, d] = GSI_HPET;
+        self.output(index).map(|output| [GSI_TIMER, GSI_RTC, a, b, c, d][output])
+    }
+
+    pub(super) fn is_level(&self, index: usize) -> bool {
+        self.timers[index].is(T_LEVEL)
+    }
+
+    /// Whether a match of timer `index` interrupts.
+    fn interrupts(&self, index: usize) -> bool {
+        self.timers[index].is(T_INTERRUPT)
     }
 
     /// Level that the level-triggered timers put on `output`.
@@ -184,55 +197,119 @@ impl Regs {
             })
     }
 
-    /// Delivers what was due up to `now`.
-    pub(super) fn advance(&mut self, now: Nanos) {
+    /// Brings comparators and ticks that interrupt nobody up to `now` (guest time; `line` is the time line).
+    pub(super) fn advance(&mut self, now: Nanos, line: Nanos) {
         if !self.running() {
             return;
         }
         let counter = self.counter(now);
         for index in 0..TIMERS {
-            if !self.timers[index].tick.take_due(now) {
-                continue;
+            if !self.interrupts(index) && self.timers[index].tick.skip(line) {
+                self.timers[index].armed = false;
+                if self.is_level(index) {
+                    self.status |= 1 << index;
+                }
+                self.rearm_single(index, now, line);
             }
-            self.fire(index);
-            self.timers[index].armed = false;
-            if self.timers[index].repeats().is_some() {
-                self.timers[index].move_on(counter);
-            } else {
-                self.arm(index, now);
-            }
+            self.timers[index].move_on(counter);
         }
     }
 
-    /// Aims the tick of timer `index` at its comparator. One that was set and has been reached fires now.
-    fn arm(&mut self, index: usize, now: Nanos) {
+    /// The tick of timer `index`, through `change`.
+    pub(super) fn with_tick<R>(
+        &mut self,
+        index: usize,
+        now: Nanos,
+        line: Nanos,
+        change: impl FnOnce(&mut Tick) -> R,
+    ) -> R {
+        let result = change(&mut self.timers[index].tick);
+        if self.timers[index].tick.is_raised() {
+            self.timers[index].armed = false;
+        }
+        self.rearm_single(index, now, line);
+        result
+    }
+
+    /// A timer that does not repeat may match again when its counter has wrapped.
+    fn rearm_single(&mut self, index: usize, now: Nanos, line: Nanos) {
+        let counter = self.counter(now);
+        let running = self.running();
+        let timer = &mut self.timers[index];
+        if running
+            && timer.repeats().is_none()
+            && !timer.tick.is_running()
+            && !timer.armed
+            && let Some(ahead) = timer.next(counter)
+        {
+            timer.tick.start_once(line.saturating_add(Nanos(ahead.saturating_mul(PERIOD_NS))));
+        }
+    }
+
+    /// A due tick of a level-triggered timer shows in the status register, whose bit the guest clears.
+    /// Says what guest clocks are to show then ([`Tick::apparent`]).
+    pub(super) fn offer_level(&mut self, index: usize, line: Nanos, slept: bool) -> Option<(Nanos, bool)> {
+        let timer = &mut self.timers[index];
+        if !timer.is(T_INTERRUPT) || !timer.tick.offer(line, slept) {
+            return None;
+        }
+        timer.armed = false;
+        self.status |= 1 << index;
+        timer.tick.apparent()
+    }
+
+    /// The ticks that are due and not handed over yet: those are handed over now.
+    pub(super) fn hand_over(&mut self, line: Nanos) -> [bool; TIMERS] {
+        let interrupts: [bool; TIMERS] = std::array::from_fn(|index| self.interrupts(index));
+        std::array::from_fn(|index| {
+            let timer = &mut self.timers[index];
+            let due = interrupts[index] && !timer.handed && timer.tick.is_due(line);
+            timer.handed |= due;
+            due
+        })
+    }
+
+    /// The tick of timer `index` is being offered.
+    pub(super) fn take_over(&mut self, index: usize) {
+        self.timers[index].handed = false;
+    }
+
+    /// Aims the tick of timer `index` at its comparator. One that was set and has been reached is due now.
+    fn arm(&mut self, index: usize, now: Nanos, line: Nanos) {
         self.timers[index].tick.stop();
         if !self.running() {
             return;
         }
         let counter = self.counter(now);
-        let reached = self.timers[index].ahead(counter).is_none_or(|ahead| ahead == 0);
-        if reached && std::mem::take(&mut self.timers[index].armed) {
-            self.fire(index);
-        }
         let timer = &mut self.timers[index];
+        let reached = timer.ahead(counter).is_none_or(|ahead| ahead == 0);
+        let due = reached && timer.armed;
         timer.move_on(counter);
-        if let Some(ahead) = timer.next(counter) {
-            let at = Nanos((now.0 / PERIOD_NS).saturating_add(ahead).saturating_mul(PERIOD_NS));
-            match timer.repeats() {
-                Some(period) => timer.tick.start_periodic(at, Nanos(period.saturating_mul(PERIOD_NS))),
-                None => timer.tick.start_once(at),
+        let Some(every) = timer.repeats() else {
+            if due {
+                timer.tick.start_once(line);
+            } else {
+                if reached {
+                    timer.armed = false;
+                }
+                if let Some(ahead) = timer.next(counter) {
+                    timer.tick.start_once(line.saturating_add(Nanos(ahead.saturating_mul(PERIOD_NS))));
+                }
             }
+            return;
+        };
+        if let Some(ahead) = timer.next(counter) {
+            // The counter steps at multiples of its period of guest time.
+            let first = (now.0 / PERIOD_NS).saturating_add(ahead) + (line.0 - now.0.min(line.0)) / PERIOD_NS;
+            let grid = Grid { hz: HZ, first, every };
+            if due { timer.tick.start_late(grid) } else { timer.tick.start_periodic(grid) }
         }
     }
 
-    /// The earliest tick that can interrupt. A level that is up already needs no other.
+    /// The earliest tick on the time line that can interrupt.
     pub(super) fn deadline(&self) -> Option<Nanos> {
         (0..TIMERS)
-            .filter(|index| {
-                let timer = self.timers[*index];
-                timer.is(T_INTERRUPT) && !(timer.is(T_LEVEL) && self.status & 1 << index != 0)
-            })
+            .filter(|index| self.interrupts(*index) && !self.timers[*index].handed)
             .filter_map(|index| self.timers[index].tick.deadline())
             .min()
     }
@@ -266,12 +343,12 @@ impl Regs {
     }
 
     /// Writes those bits of the 8-byte register at `offset` that `mask` selects.
-    pub(super) fn write(&mut self, offset: u64, value: u64, mask: u64, now: Nanos) {
+    pub(super) fn write(&mut self, offset: u64, value: u64, mask: u64, now: Nanos, line: Nanos) {
         let merge = |old: u64| old & !mask | value & mask;
         let timer = (offset.wrapping_sub(0x100) / 0x20) as usize;
         match offset {
-            CONFIGURATION => self.configure(merge(self.config) & (ENABLE | LEGACY), now),
-            STATUS => self.status &= !(value & mask),
+            CONFIGURATION => self.configure(merge(self.config) & (ENABLE | LEGACY), now, line),
+            STATUS => self.acknowledge(value & mask, now, line),
             // To be written only while the counter stands (specification, 2.3.7).
             COUNTER if !self.running() => {
                 let old = self.counter;
@@ -286,15 +363,26 @@ impl Regs {
                 }
             }
             0x100.. if timer < TIMERS => match offset & 0x1f {
-                0x00 => self.configure_timer(timer, merge(self.timers[timer].config), now),
-                0x08 => self.compare(timer, value, mask, now),
+                0x00 => self.configure_timer(timer, merge(self.timers[timer].config), now, line),
+                0x08 => self.compare(timer, value, mask, now, line),
                 _ => {}
             },
             _ => {}
         }
     }
 
-    fn configure(&mut self, config: u64, now: Nanos) {
+    /// The guest clears status bits: it has taken those interrupts.
+    fn acknowledge(&mut self, bits: u64, now: Nanos, line: Nanos) {
+        let cleared = self.status & bits;
+        self.status &= !bits;
+        for index in (0..TIMERS).filter(|index| cleared & 1 << index != 0) {
+            if self.is_level(index) {
+                self.with_tick(index, now, line, |tick| tick.taken(line));
+            }
+        }
+    }
+
+    fn configure(&mut self, config: u64, now: Nanos, line: Nanos) {
         let was_running = self.running();
         let counter = self.counter(now);
         self.config = config;
@@ -304,11 +392,11 @@ impl Regs {
         let ticks = now.0 / PERIOD_NS;
         self.counter = if self.running() { counter.wrapping_sub(ticks) } else { counter };
         for index in 0..TIMERS {
-            self.arm(index, now);
+            self.arm(index, now, line);
         }
     }
 
-    fn configure_timer(&mut self, index: usize, config: u64, now: Nanos) {
+    fn configure_timer(&mut self, index: usize, config: u64, now: Nanos, line: Nanos) {
         let counter = self.counter(now);
         let timer = &mut self.timers[index];
         let old = timer.config;
@@ -329,7 +417,9 @@ impl Regs {
                 timer.set(timer.at, counter);
             }
             timer.armed = armed;
-            self.arm(index, now);
+            self.arm(index, now, line);
+        } else if (old ^ config) & (T_INTERRUPT | T_LEVEL) != 0 {
+            self.arm(index, now, line);
         }
         // The status bit belongs to level-triggered mode.
         if config & T_LEVEL == 0 {
@@ -338,7 +428,7 @@ impl Regs {
     }
 
     /// A write to the comparator register sets the comparator or the period, never both.
-    fn compare(&mut self, index: usize, value: u64, mask: u64, now: Nanos) {
+    fn compare(&mut self, index: usize, value: u64, mask: u64, now: Nanos, line: Nanos) {
         let counter = self.counter(now);
         let timer = &mut self.timers[index];
         let mask = mask & timer.width_mask();
@@ -352,7 +442,7 @@ impl Regs {
             timer.set(merged & timer.width_mask(), counter);
         }
         timer.config &= !T_SET_VALUE;
-        self.arm(index, now);
+        self.arm(index, now, line);
     }
 
     pub(super) fn inspect(&self, now: Nanos) -> Vec<(String, String)> {
@@ -362,15 +452,13 @@ impl Regs {
             ("counter".to_owned(), self.counter(now).to_string()),
         ];
         for (index, timer) in self.timers.iter().enumerate() {
-            let (delivered, missed) = timer.tick.counts();
             tree.push((
                 format!("timer{index}/config"),
                 format!("{:#x}", self.read(0x100 + 0x20 * index as u64)),
             ));
             tree.push((format!("timer{index}/comparator"), timer.at.to_string()));
             tree.push((format!("timer{index}/period"), timer.period.to_string()));
-            tree.push((format!("timer{index}/delivered"), delivered.to_string()));
-            tree.push((format!("timer{index}/missed"), missed.to_string()));
+            tree.extend(tick_values(&format!("timer{index}"), &timer.tick));
         }
         tree
     }
@@ -418,8 +506,8 @@ impl Regs {
         }
     }
 
-    pub(super) fn restore(state: &HpetState, now: Nanos) -> Regs {
-        let mut regs = Regs::default();
+    pub(super) fn restore(state: &HpetState, ticks: TickConfig, now: Nanos, line: Nanos) -> Regs {
+        let mut regs = Regs::new(ticks);
         for (timer, saved) in regs.timers.iter_mut().zip(&state.timers) {
             let route = (saved.config & T_ROUTE) >> T_ROUTE_SHIFT;
             timer.config = saved.config & T_WRITABLE;
@@ -432,7 +520,7 @@ impl Regs {
         }
         regs.status = state.status & ((1 << TIMERS) - 1);
         regs.counter = state.counter;
-        regs.configure(state.config & (ENABLE | LEGACY), now);
+        regs.configure(state.config & (ENABLE | LEGACY), now, line);
         regs
     }
 }

@@ -6,7 +6,7 @@ use crate::testing::{Clock, at, read};
 use crate::wire::tests::Recorder;
 use wardian_bus::Device;
 use wardian_irq::{Gsi, IrqChip};
-use wardian_time::Nanos;
+use wardian_time::{Nanos, TickConfig};
 
 const CONFIG: u64 = 0x10;
 const STATUS: u64 = 0x20;
@@ -41,7 +41,12 @@ impl Rig {
     fn new() -> Rig {
         let clock = Clock::new();
         let (chip, routing) = (Recorder::new(), LegacyRouting::default());
-        let hpet = Hpet::new(&clock.queue, &(Arc::clone(&chip) as Arc<dyn IrqChip>), routing.clone());
+        let hpet = Hpet::new(
+            &clock.queue,
+            &(Arc::clone(&chip) as Arc<dyn IrqChip>),
+            routing.clone(),
+            TickConfig::default(),
+        );
         Rig { clock, chip, routing, hpet }
     }
 
@@ -346,6 +351,7 @@ fn rule_9_after_restore_any_wrap_is_past() {
         &clock.queue,
         &(Arc::clone(&chip) as Arc<dyn IrqChip>),
         LegacyRouting::default(),
+        TickConfig::default(),
         &state,
     );
     assert_eq!(chip.edges(GSI20), 1);
@@ -365,8 +371,13 @@ fn what_is_saved_goes_on_after_restore() {
     let clock = Clock::new();
     clock.run(Nanos(123_450));
     let (chip, routing) = (Recorder::new(), LegacyRouting::default());
-    let restored =
-        Hpet::restore(&clock.queue, &(Arc::clone(&chip) as Arc<dyn IrqChip>), routing.clone(), &state);
+    let restored = Hpet::restore(
+        &clock.queue,
+        &(Arc::clone(&chip) as Arc<dyn IrqChip>),
+        routing.clone(),
+        TickConfig::default(),
+        &state,
+    );
     assert_eq!(restored.save(), state);
     assert!(routing.is_on() && chip.level(GSI_TIMER));
     clock.run(Nanos((MS - 11) * 10));

@@ -15,6 +15,8 @@ impl Kick for Kicks {
     }
 }
 
+mod ticks;
+
 struct Board {
     clock: Clock,
     chip: Arc<SoftIrqChip>,
@@ -312,6 +314,7 @@ fn deadline_by_msr() {
     board.chip.msr_write(1, 0x6e0, 1000).unwrap();
     assert_eq!(board.chip.msr_read(1, 0x6e0), Ok(1000));
     board.clock.run(wardian_time::Nanos(1000));
+    assert!(board.chip.local(1).unwrap().pending().interrupt);
     assert_eq!(board.chip.msr_read(1, 0x6e0), Ok(0));
     assert_eq!((board.who(), board.taken(1)), (vec![1], Some(0xec)));
     board.chip.msr_write(1, 0x6e0, 5000).unwrap();

@@ -1,7 +1,7 @@
 //! The local APIC's registers and rules, without locks or threads.
 
 use wardian_irq::Delivery;
-use wardian_time::{Nanos, Tick, TimeBase};
+use wardian_time::{Grid, Nanos, Tick, TickConfig, TimeBase};
 
 use super::message::{Ipi, Message, Mode};
 use super::{LAPIC_BASE, MsrFault};
@@ -152,7 +152,7 @@ pub(crate) struct LapicState {
 impl LapicState {
     /// The state after power-up (Intel SDM vol. 3A, 11.4.7.1; the ID is the vCPU's number), but with LINT0 of the bootstrap processor
     /// in ExtINT mode, as firmware leaves it (virtual wire mode).
-    pub(crate) fn new(id: u32) -> LapicState {
+    pub(crate) fn new(id: u32, ticks: TickConfig) -> LapicState {
         let bsp = id == 0;
         let mut lvt = [MASKED; 6];
         if bsp {
@@ -174,7 +174,7 @@ impl LapicState {
             lvt,
             initial: 0,
             divide: 0,
-            tick: Tick::stopped(),
+            tick: Tick::new(ticks),
             deadline: 0,
             tsc_adjust: 0,
             lint0: false,
@@ -199,7 +199,7 @@ impl LapicState {
             init: self.init,
             startup: self.startup,
             wait_for_startup: self.wait_for_startup,
-            ..LapicState::new(self.id)
+            ..LapicState::new(self.id, self.tick.config())
         };
     }
 
@@ -262,7 +262,7 @@ impl LapicState {
     }
 
     /// Takes a vector into service; `Err(())` when the 8259 pair is to be asked for it.
-    pub(crate) fn acknowledge(&mut self) -> Result<Option<u8>, ()> {
+    pub(crate) fn acknowledge(&mut self, base: &TimeBase) -> Result<Option<u8>, ()> {
         if self.external() {
             return Err(());
         }
@@ -270,6 +270,10 @@ impl LapicState {
         if let Some(vector) = vector {
             self.irr.put(vector, false);
             self.isr.put(vector, true);
+            if self.tick.is_raised() && self.lvt[TIMER] as u8 == vector {
+                self.tick.taken(base.timeline());
+                self.offer(base, true);
+            }
         }
         Ok(vector)
     }
@@ -419,41 +423,61 @@ impl LapicState {
         Nanos(u64::from(count) << self.divide_shift())
     }
 
-    /// Lets the counter run down from `count` at `now`.
-    fn run_from(&mut self, now: Nanos, count: u32) {
-        let first = now.saturating_add(self.span(count));
+    /// Lets the counter run down from `count`.
+    fn run_from(&mut self, base: &TimeBase, count: u32) {
+        let first = base.timeline().saturating_add(self.span(count));
         if count == 0 {
             self.tick.stop();
         } else if self.is_periodic() {
-            self.tick.start_periodic(first, self.span(self.initial));
+            self.tick.start_periodic(Grid::of_nanos(first, self.span(self.initial)));
         } else {
             self.tick.start_once(first);
         }
     }
 
+    /// The count at `now` of the time line.
     fn current(&self, now: Nanos) -> u32 {
-        let Some(next) = self.tick.deadline().filter(|_| !self.is_tsc_deadline()) else {
+        let Some(next) = self.tick.next().filter(|_| !self.is_tsc_deadline()) else {
             return 0;
         };
-        let left = match next.0.checked_sub(now.0) {
-            Some(left) => left,
-            None if self.is_periodic() => {
-                let period = self.span(self.initial).0.max(1);
-                period - (now.0 - next.0) % period
-            }
-            None => 0,
+        let left = if self.is_periodic() {
+            // However late the tick or the clock are, the count is that of some period.
+            let period = i128::from(self.span(self.initial).0.max(1));
+            ((i128::from(next.0) - i128::from(now.0) - 1).rem_euclid(period) + 1) as u64
+        } else {
+            next.saturating_sub(now).0
         };
         left.div_ceil(1 << self.divide_shift()).min(u64::from(u32::MAX)) as u32
     }
 
-    /// Takes a due tick: it becomes an interrupt unless the LVT entry masks it.
-    fn take_tick(&mut self, base: &TimeBase) -> bool {
-        let due = self.tick.take_due(base.now());
-        let lvt = self.lvt[TIMER];
-        if due && lvt & MASKED == 0 {
-            let _ = self.accept_vector(lvt as u8, false);
+    /// A due tick becomes an interrupt, unless the LVT entry masks it. Called on the vCPU's thread;
+    /// `slept`: the vCPU was halted when the tick came due.
+    pub(crate) fn offer(&mut self, base: &TimeBase, slept: bool) {
+        if self.is_tsc_deadline() && self.deadline > self.tsc(base) {
+            if self.tick.is_due(base.timeline()) {
+                // Nanoseconds are coarser than the TSC: a few ticks may be left.
+                self.arm_deadline(base);
+            }
+            return;
         }
-        due
+        let now = base.timeline();
+        if !self.tick.offer(now, slept) {
+            return;
+        }
+        if self.is_tsc_deadline() {
+            self.deadline = 0;
+        }
+        if let Some((at, back)) = self.tick.apparent() {
+            base.show(at, back);
+        }
+        let lvt = self.lvt[TIMER];
+        let delivery =
+            if lvt & MASKED == 0 { self.accept_vector(lvt as u8, false) } else { Delivery::Masked };
+        match delivery {
+            Delivery::Accepted => {}
+            Delivery::Coalesced => self.tick.coalesced(),
+            Delivery::Masked => self.tick.refuse(),
+        }
     }
 
     /// The vCPU's own guest TSC.
@@ -466,42 +490,29 @@ impl LapicState {
         if self.deadline == 0 {
             self.tick.stop();
         } else if tsc >= self.deadline {
-            self.deadline = 0;
-            self.tick.start_once(base.now());
-            self.take_tick(base);
+            self.tick.start_once(base.timeline());
+            self.offer(base, true);
         } else {
             let left = Nanos::from_ticks(self.deadline - tsc, base.tsc_hz());
-            self.tick.start_once(base.now().saturating_add(left));
+            self.tick.start_once(base.timeline().saturating_add(left));
         }
-    }
-
-    /// The timer's deadline may have passed; says whether the timer fired.
-    pub(crate) fn expire(&mut self, base: &TimeBase) -> bool {
-        if self.is_tsc_deadline() && self.deadline > self.tsc(base) {
-            // Nanoseconds are coarser than the TSC: a few ticks may be left.
-            self.arm_deadline(base);
-            return false;
-        }
-        let fired = self.take_tick(base);
-        if fired && self.is_tsc_deadline() {
-            self.deadline = 0;
-        }
-        fired
     }
 
     fn write_lvt_timer(&mut self, value: u32, base: &TimeBase) {
         let was_deadline = self.is_tsc_deadline();
         let was_periodic = self.is_periodic();
-        let now = base.now();
+        let now = base.timeline();
         let current = self.current(now);
         self.lvt[TIMER] = value;
         if was_deadline != self.is_tsc_deadline() {
             self.tick.stop();
             self.deadline = 0;
             self.initial = 0;
-        } else if was_periodic != self.is_periodic() && self.tick.deadline().is_some() {
-            self.run_from(now, current);
+        } else if was_periodic != self.is_periodic() && current != 0 {
+            self.run_from(base, current);
         }
+        self.tick.unmask(base.timeline());
+        self.offer(base, true);
     }
 
     /// `IA32_TSC_DEADLINE` (6E0h; Intel SDM vol. 3A, 11.5.4.1).
@@ -545,7 +556,7 @@ impl LapicState {
             reg::ICR_HIGH => (self.icr >> 32) as u32,
             reg::LVT_TIMER..=reg::LVT_ERROR => self.lvt[usize::from(register - reg::LVT_TIMER)],
             reg::INITIAL => self.initial,
-            reg::CURRENT => self.current(base.now()),
+            reg::CURRENT => self.current(base.timeline()),
             reg::DIVIDE => self.divide.into(),
             _ => return None,
         })
@@ -588,14 +599,14 @@ impl LapicState {
             }
             reg::INITIAL if !self.is_tsc_deadline() => {
                 self.initial = value;
-                self.run_from(base.now(), value);
+                self.run_from(base, value);
             }
             reg::DIVIDE => {
-                let now = base.now();
+                let now = base.timeline();
                 let current = self.current(now);
                 self.divide = value as u8 & 0xb;
-                if self.tick.deadline().is_some() && !self.is_tsc_deadline() {
-                    self.run_from(now, current.max(1));
+                if self.tick.next().is_some() && !self.is_tsc_deadline() {
+                    self.run_from(base, current.max(1));
                 }
             }
             // Read-only registers swallow writes.
@@ -733,13 +744,15 @@ impl LapicState {
             (
                 "timer",
                 format!(
-                    "initial {} current {} divisor {} next {:?} tsc-deadline {:#x} (delivered, missed) {:?}",
+                    "initial {} current {} divisor {} next {:?} tsc-deadline {:#x} {:?} backlog {} {}",
                     self.initial,
-                    self.current(base.now()),
+                    self.current(base.timeline()),
                     1u32 << self.divide_shift(),
-                    self.tick.deadline(),
+                    self.tick.next(),
                     self.deadline,
                     self.tick.counts(),
+                    self.tick.backlog(),
+                    self.tick.config().policy,
                 ),
             ),
             (

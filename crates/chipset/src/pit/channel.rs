@@ -233,19 +233,23 @@ impl Channel {
         }
     }
 
-    /// The tick of the next rising edge of the output after `now`.
-    pub(super) fn next_rise(&self, now: u64) -> Option<u64> {
+    /// The rising edges of the output after `now`, as the tick of the first and the ticks from one to the
+    /// next, if there are more.
+    pub(super) fn rises(&self, now: u64) -> Option<(u64, Option<u64>)> {
         let mut this = self.clone();
         this.settle(now);
         let (Run::Since(start), reload) = (this.run, u64::from(this.reload)) else {
             return None;
         };
-        let at = match this.mode {
-            0 | 1 => start + reload,
-            2 | 3 => start + (now.saturating_sub(start) / reload + 1) * reload,
-            _ => start + reload + 1,
-        };
-        (at > now).then_some(at)
+        if this.is_periodic() {
+            // A count that waits comes into force at an edge.
+            if let Some((at, count)) = this.next.filter(|next| next.0 != u64::MAX) {
+                return Some((at, Some(count.into())));
+            }
+            return Some((start + (now.saturating_sub(start) / reload + 1) * reload, Some(reload)));
+        }
+        let at = if this.mode <= 1 { start + reload } else { start + reload + 1 };
+        (at > now).then_some((at, None))
     }
 
     /// The counting element as the processor reads it.

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use wardian_bus::Device;
 use wardian_irq::Gsi;
-use wardian_time::Nanos;
+use wardian_time::{Nanos, TickConfig};
 
 use super::{PIT_HZ, Pit};
 use crate::testing::{Clock, at, read};
@@ -17,7 +17,7 @@ struct Board {
 impl Board {
     fn new() -> Board {
         let (clock, chip) = (Clock::new(), Recorder::new());
-        let pit = Pit::new(&clock.queue, chip.line(Gsi(0)));
+        let pit = Pit::new(&clock.queue, chip.line(Gsi(0)), TickConfig::default());
         Board { clock, pit, chip }
     }
 

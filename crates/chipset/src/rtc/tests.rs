@@ -6,7 +6,7 @@ use crate::layout::GSI_RTC;
 use crate::testing::{Clock, at, read};
 use crate::wire::tests::Recorder;
 use wardian_bus::Device;
-use wardian_time::Nanos;
+use wardian_time::{Nanos, TickConfig};
 
 /// 2026-12-31T23:59:58.25Z, a Thursday.
 const EVE: Nanos = Nanos(1_798_761_598_250_000_000);
@@ -27,7 +27,7 @@ impl Rig {
         let clock = Clock::at_wall(EVE);
         let (chip, routing) = (Recorder::new(), LegacyRouting::default());
         let memory = MemorySize { low: 512 << 20, high: 0x1_2345_0000 };
-        let rtc = Rtc::new(&clock.queue, chip.line(GSI_RTC), memory, routing.clone());
+        let rtc = Rtc::new(&clock.queue, chip.line(GSI_RTC), memory, routing.clone(), TickConfig::default());
         Rig { clock, chip, routing, rtc }
     }
 
