@@ -41,7 +41,8 @@ pub enum Exit {
         /// Index.
         index: u32,
     },
-    /// WRMSR likewise; answer [`Answer::None`] or [`Answer::Fault`].
+    /// WRMSR likewise; answer [`Answer::None`] or [`Answer::Fault`]. `IA32_TSC_ADJUST` is the processor's own
+    /// and only told, after it has changed (also by a write of the TSC): answer [`Answer::None`].
     MsrWrite {
         /// Index.
         index: u32,

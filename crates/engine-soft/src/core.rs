@@ -98,6 +98,8 @@ pub struct Core {
     pub model: Arc<CpuModel>,
     pub cpus: usize,
     pub irq: Arc<dyn LocalInterrupts>,
+    /// Stops of the whole process that the guest was told of ([`wardian_time::Pulse::stops`]).
+    pub stops: u64,
     /// Answers that the machine has given to the instruction that is being run again, in order.
     pub journal: Vec<u64>,
     /// How many of them the current attempt has used.
@@ -242,6 +244,17 @@ impl Core {
         }
     }
 
+    /// Tells the guest if the whole process was stopped since it was last asked. To be called before the guest
+    /// sees a clock, or an interrupt whose handler may read one that it has read already.
+    #[inline]
+    pub fn notice_stops(&mut self) {
+        let stops = self.time.pulse().stops();
+        if stops != self.stops {
+            self.stops = stops;
+            crate::sys::paravirt::update_clock(self, true);
+        }
+    }
+
     /// Guest TSC of this vCPU now.
     pub fn tsc(&self) -> u64 {
         self.time.tsc().wrapping_add(self.sys.tsc_adjust)
@@ -346,6 +359,7 @@ impl Core {
             model: parts.model,
             cpus: parts.cpus,
             irq: parts.irq,
+            stops: 0,
             journal: Vec::new(),
             journal_used: 0,
             journal_fault: false,

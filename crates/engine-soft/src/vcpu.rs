@@ -25,6 +25,10 @@ use crate::{fpu, state};
 /// How often the paravirtual clock pages are refreshed at most.
 const REFRESH: Nanos = Nanos(10_000_000);
 
+/// A vCPU that took no interrupt for so long, mostly because the host did not run its thread, is told that it was
+/// stopped: its watchdogs would blame the guest for it.
+const STARVED: Nanos = Nanos(1_500_000_000);
+
 /// A software vCPU.
 pub struct SoftVcpu {
     core: Box<Core>,
@@ -157,6 +161,7 @@ impl SoftVcpu {
         if core.sys.interrupt_shadow {
             return Ok(());
         }
+        core.notice_stops();
         if pending.nmi && !core.sys.nmi_blocked && core.irq.take_nmi() {
             core.sys.activity = Activity::Running;
             core.counters.interrupts += 1;
@@ -177,11 +182,13 @@ impl SoftVcpu {
     fn refresh_clock(&mut self, stopped: bool) {
         let now = self.core.time.now();
         if stopped || now >= self.refreshed.saturating_add(REFRESH) {
+            let span = now.saturating_sub(self.refreshed);
             self.refreshed = now;
             let total = self.delay.as_ref().map_or(Nanos(0), RunDelay::read);
             let stolen = total.saturating_sub(self.told);
             self.told = total;
-            sys::paravirt::refresh(&self.core, stolen, stopped);
+            let starved = span >= STARVED && stolen.0 >= span.0 / 2;
+            sys::paravirt::refresh(&self.core, stolen, stopped || starved);
         }
     }
 

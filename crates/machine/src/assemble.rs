@@ -21,6 +21,7 @@ use wardian_chipset::pm::Pm;
 use wardian_chipset::power::PowerSink;
 use wardian_chipset::rtc::{MemorySize, Rtc};
 use wardian_chipset::serial::Serial;
+use wardian_cpu::bits::msr;
 use wardian_irq::{IrqChip, Kick, Line};
 use wardian_memory::{Gpa, GuestMemory};
 use wardian_time::{TimeBase, TimerQueue};
@@ -48,6 +49,10 @@ impl Msrs for ChipMsrs {
     }
 
     fn write(&self, vcpu: usize, index: u32, value: u64) -> bool {
+        if index == msr::TSC_ADJUST {
+            self.0.set_tsc_adjust(vcpu, value);
+            return true;
+        }
         self.0.msr_write(vcpu, index, value).is_ok()
     }
 }

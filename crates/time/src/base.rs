@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::paravirt::{PvClock, TscScale};
+use crate::pulse::Pulse;
 use crate::{Nanos, host};
 
 /// What guest time does about the host time that passed while the machine was paused.
@@ -72,6 +73,7 @@ pub struct TimeBase {
     paused: Mutex<(u64, Nanos)>,
     /// Wall clock (ns since the epoch) at guest time 0.
     wall_at_zero: AtomicU64,
+    pulse: Pulse,
 }
 
 impl TimeBase {
@@ -112,6 +114,7 @@ impl TimeBase {
             running: AtomicBool::new(false),
             paused: Mutex::new((0, wall)),
             wall_at_zero: AtomicU64::new(wall.0),
+            pulse: Pulse::new(),
         })
     }
 
@@ -268,6 +271,12 @@ impl TimeBase {
     #[must_use]
     pub fn wall_at_zero(&self) -> Nanos {
         Nanos(self.wall_at_zero.load(Ordering::Acquire))
+    }
+
+    /// Whether the whole process was stopped while guest time ran.
+    #[must_use]
+    pub fn pulse(&self) -> &Pulse {
+        &self.pulse
     }
 
     /// The kvmclock record that describes this base (the same for every vCPU).

@@ -64,23 +64,65 @@ fn measured_hz() -> u64 {
 }
 
 /// Host wall clock now, in nanoseconds since the Unix epoch.
-pub(crate) fn wall() -> Nanos {
+#[must_use]
+pub fn wall() -> Nanos {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     Nanos(since.as_nanos() as u64)
+}
+
+/// The host's time-stamp counter, for accounts of our own work: it runs on while the machine is paused.
+#[must_use]
+pub fn host_ticks() -> u64 {
+    tsc()
+}
+
+/// Their rate in Hz.
+#[must_use]
+pub fn host_hz() -> u64 {
+    tsc_hz()
+}
+
+/// Nanoseconds of a span of [`host_ticks`].
+#[must_use]
+pub fn ticks_to_nanos(ticks: u64) -> Nanos {
+    Nanos((u128::from(ticks) * 1_000_000_000 / u128::from(tsc_hz())) as u64)
+}
+
+fn clock(id: libc::clockid_t) -> Nanos {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a valid place for the result.
+    unsafe { libc::clock_gettime(id, &raw mut now) };
+    Nanos(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
 }
 
 /// The host's raw monotonic clock (`CLOCK_MONOTONIC_RAW`), which nobody slews: what a guest's clocks are
 /// measured against. Zero where the host has none.
 #[must_use]
 pub fn raw() -> Nanos {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a valid place for the result.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_RAW, &raw mut now) };
-    Nanos(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
+    clock(libc::CLOCK_MONOTONIC_RAW)
 }
 
-/// The time that the calling thread was runnable but not run by the host's scheduler: what a guest
-/// calls stolen time. Read from `/proc/thread-self/schedstat`, second field, nanoseconds.
+/// CPU time of this process.
+pub(crate) fn cpu_time() -> Nanos {
+    clock(libc::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+/// How long the host was suspended since it was booted.
+pub(crate) fn time_suspended() -> Nanos {
+    clock(libc::CLOCK_BOOTTIME).saturating_sub(clock(libc::CLOCK_MONOTONIC))
+}
+
+/// What the host's scheduler did with a thread so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ThreadTime {
+    /// It ran.
+    pub ran: Nanos,
+    /// It was runnable and did not run: what a guest calls stolen time.
+    pub delayed: Nanos,
+}
+
+/// The time that the calling thread ran, and that it was runnable but not run by the host's scheduler. Read
+/// from `/proc/thread-self/schedstat`: first and second field, nanoseconds.
 #[derive(Debug)]
 pub struct RunDelay {
     file: Option<std::fs::File>,
@@ -93,16 +135,21 @@ impl RunDelay {
         RunDelay { file: std::fs::File::open("/proc/thread-self/schedstat").ok() }
     }
 
+    /// The times so far; `None` if the host does not account them.
+    #[must_use]
+    pub fn times(&self) -> Option<ThreadTime> {
+        use std::os::unix::fs::FileExt;
+        let mut text = [0u8; 96];
+        let len = self.file.as_ref()?.read_at(&mut text, 0).ok()?;
+        let mut fields = std::str::from_utf8(&text[..len]).ok()?.split_ascii_whitespace();
+        let mut next = || fields.next()?.parse().ok().map(Nanos);
+        Some(ThreadTime { ran: next()?, delayed: next()? })
+    }
+
     /// The delay so far; zero if the host does not account it.
     #[must_use]
     pub fn read(&self) -> Nanos {
-        use std::os::unix::fs::FileExt;
-        let mut text = [0u8; 96];
-        let Some(len) = self.file.as_ref().and_then(|f| f.read_at(&mut text, 0).ok()) else {
-            return Nanos(0);
-        };
-        let field = std::str::from_utf8(&text[..len]).ok().and_then(|t| t.split_ascii_whitespace().nth(1));
-        Nanos(field.and_then(|f| f.parse().ok()).unwrap_or(0))
+        self.times().unwrap_or_default().delayed
     }
 }
 

@@ -15,14 +15,19 @@ mod base;
 mod host;
 pub mod paravirt;
 mod policy;
+mod pulse;
 mod queue;
 #[cfg(test)]
 mod tests;
 mod tick;
 
 pub use base::{ResumePolicy, TimeBase, TimeConfig, TscMode};
-pub use host::{RunDelay, raw as host_raw, set_timer_slack};
+pub use host::{
+    RunDelay, ThreadTime, host_hz, host_ticks, raw as host_raw, set_timer_slack, ticks_to_nanos,
+    wall as host_wall,
+};
 pub use policy::{SLEW, TickConfig, TickPolicy, UnknownPolicy};
+pub use pulse::{Beat, Heart, Pulse};
 pub use queue::{Timer, TimerHandler, TimerQueue};
 pub use tick::{Grid, MAX_BACKLOG, PREEMPTED, SHORTEST_SERVICE, Tick, TickCounts};
 

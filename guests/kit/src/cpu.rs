@@ -141,7 +141,9 @@ pub fn sti_hlt_cli() {
 }
 
 pub mod msr {
+    pub const TSC: u32 = 0x10;
     pub const APIC_BASE: u32 = 0x1b;
+    pub const TSC_ADJUST: u32 = 0x3b;
     pub const SYSENTER_CS: u32 = 0x174;
     pub const SYSENTER_ESP: u32 = 0x175;
     pub const SYSENTER_EIP: u32 = 0x176;

@@ -489,4 +489,40 @@ fn deadline() {
     eq("deadline: never early", 0, early);
     apic::write(apic::TIMER_INITIAL, u32::MAX);
     eq("deadline: initial count is ignored", 0, apic::read(apic::TIMER_CURRENT));
+    moved_tsc(tsc_hz);
+}
+
+/// A deadline is a value of this processor's own TSC, wherever that is moved to.
+fn moved_tsc(tsc_hz: u64) {
+    if cpu::cpuid(7, 0)[1] & 1 << 1 == 0 {
+        report::skip("deadline: moved TSC", "the processor has no IA32_TSC_ADJUST");
+        return;
+    }
+    let (adjust, ten) = (cpu::rdmsr(msr::TSC_ADJUST), 10 * tsc_hz);
+    for (what, write) in [
+        (
+            "deadline: TSC_ADJUST passes it",
+            (|hz| cpu::wrmsr(msr::TSC_ADJUST, cpu::rdmsr(msr::TSC_ADJUST) + hz)) as fn(u64),
+        ),
+        ("deadline: a new TSC passes it", |hz| cpu::wrmsr(msr::TSC, rdtsc() + hz)),
+    ] {
+        clear(LOCAL);
+        let due = rdtsc() + ten;
+        cpu::wrmsr(msr::TSC_DEADLINE, due);
+        write(ten);
+        eq(what, 1, one(LOCAL));
+    }
+    // The TSC is 20 s ahead of what it was.
+    clear(LOCAL);
+    cpu::wrmsr(msr::TSC_DEADLINE, rdtsc() + tsc_hz / 200);
+    cpu::sti_hlt_cli();
+    eq("deadline: in a moved TSC", 1, hits(LOCAL));
+    clear(LOCAL);
+    cpu::wrmsr(msr::TSC_DEADLINE, rdtsc() + tsc_hz / 100);
+    cpu::wrmsr(msr::TSC_ADJUST, adjust);
+    eq("deadline: moved back, not at once", 0, {
+        for_ms(20);
+        hits(LOCAL)
+    });
+    cpu::wrmsr(msr::TSC_DEADLINE, 0);
 }

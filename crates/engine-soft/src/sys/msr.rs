@@ -121,14 +121,14 @@ pub(crate) fn read(core: &mut Core, index: u32) -> Result<u64> {
     if let Some(fixed) = fixed_mtrr(index) {
         return Ok(core.sys.mtrr_fixed[fixed]);
     }
+    if index == msr::TSC {
+        core.notice_stops();
+    }
     let sys = &core.sys;
     Ok(match index {
         msr::TSC => core.tsc(),
-        msr::APIC_BASE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => core.ask(Exit::MsrRead { index })?,
-        msr::TSC_DEADLINE => {
-            // The machine keeps deadlines on the time base's TSC, without this vCPU's adjustment.
-            let base = core.ask(Exit::MsrRead { index })?;
-            if base == 0 { 0 } else { base.wrapping_add(core.sys.tsc_adjust) }
+        msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
+            core.ask(Exit::MsrRead { index })?
         }
         msr::FEATURE_CONTROL if !amd(core) => 1, // locked
         msr::TSC_ADJUST if core.model.has(Feature::TscAdjust) => sys.tsc_adjust,
@@ -179,9 +179,11 @@ pub(crate) fn read(core: &mut Core, index: u32) -> Result<u64> {
     })
 }
 
-/// Moves this vCPU's TSC by `delta`.
+/// Moves this vCPU's TSC by `delta`, and tells the machine, whose TSC deadlines count in it.
 fn move_tsc(core: &mut Core, delta: u64) {
-    core.sys.tsc_adjust = core.sys.tsc_adjust.wrapping_add(delta);
+    let value = core.sys.tsc_adjust.wrapping_add(delta);
+    core.sys.tsc_adjust = value;
+    core.push_exit(Exit::MsrWrite { index: msr::TSC_ADJUST, value });
     let ctx = core.ctx.get_mut();
     ctx.tsc_offset = ctx.tsc_offset.wrapping_add(delta);
     paravirt::update_clock(core, false);
@@ -229,15 +231,8 @@ pub(crate) fn write(core: &mut Core, index: u32, value: u64) -> Result<()> {
             descriptor::set_base(core, seg::GS, base);
         }
         msr::KERNEL_GS_BASE => core.sys.kernel_gs_base = address(value)?,
-        msr::APIC_BASE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
+        msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
             core.ask(Exit::MsrWrite { index, value })?;
-        }
-        msr::TSC_DEADLINE => {
-            let base = match value {
-                0 => 0,
-                _ => value.wrapping_sub(core.sys.tsc_adjust).max(1),
-            };
-            core.ask(Exit::MsrWrite { index, value: base })?;
         }
         msr::TSC => {
             let delta = value.wrapping_sub(core.tsc());

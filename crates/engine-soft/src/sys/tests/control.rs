@@ -299,9 +299,11 @@ fn time_stamp_counter() {
     assert_eq!(registers::read(&mut core, msr::TSC_ADJUST), Ok(5_000_000_000 - start));
     registers::write(&mut core, msr::TSC_ADJUST, 10).expect("adjust");
     assert_eq!(core.tsc(), start + 10);
-    // The machine sees deadlines without the adjustment.
+    // The machine is told, and keeps deadlines in this vCPU's TSC.
+    let told = |value| Exit::MsrWrite { index: msr::TSC_ADJUST, value };
+    assert_eq!(core.out, [told(5_000_000_000 - start), told(10)]);
     let ask = registers::write(&mut core, msr::TSC_DEADLINE, 5010);
-    assert_eq!(ask, Err(Trap::Exit(Exit::MsrWrite { index: msr::TSC_DEADLINE, value: 5000 })));
+    assert_eq!(ask, Err(Trap::Exit(Exit::MsrWrite { index: msr::TSC_DEADLINE, value: 5010 })));
     let mut core = long(3);
     once(&mut core, &[0x0f, 0x31]).expect("rdtsc in user mode");
     core.sys.cr4 |= cr4::TSD;
