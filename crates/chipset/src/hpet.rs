@@ -257,7 +257,7 @@ impl Device for Hpet {
         let shift = at.offset as usize % 8;
         let value = if at.offset & !7 == regs::COUNTER {
             // The clock source: nothing is due because somebody looks at the time.
-            let now = self.base.now();
+            let now = self.base.read();
             lock(&self.regs).counter(now)
         } else {
             self.change(|regs, _, _| regs.read(at.offset & !7))

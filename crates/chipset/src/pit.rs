@@ -68,7 +68,7 @@ impl Pit {
     }
 
     fn ticks(&self) -> u64 {
-        self.timer.base().now().to_ticks(PIT_HZ)
+        self.timer.base().read().to_ticks(PIT_HZ)
     }
 
     /// Lets the tick follow the rising edges of channel 0's output after `now`.
@@ -202,7 +202,7 @@ impl Device for Port61 {
 
     fn read(&self, _at: Access, data: &mut [u8]) {
         let state = self.0.lock();
-        let now = self.0.timer.base().now();
+        let now = self.0.timer.base().read();
         let refresh = ((now.0 / REFRESH) & 1) as u8;
         let output = u8::from(state.channels[2].output(now.to_ticks(PIT_HZ)));
         data.fill(0xff);

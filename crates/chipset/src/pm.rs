@@ -190,7 +190,7 @@ impl Device for Pm {
     fn read(&self, at: Access, data: &mut [u8]) {
         // The timer is what is read often: it needs no lock.
         let image = if at.offset & !3 == PM_TIMER {
-            State::default().image(self.base.now())
+            State::default().image(self.base.read())
         } else {
             self.change(|state, now| state.image(now))
         };

@@ -135,6 +135,15 @@ impl TimeBase {
     /// Guest time now: what guest clocks show.
     #[must_use]
     pub fn now(&self) -> Nanos {
+        let line = self.line();
+        let shown = line.saturating_sub(self.lag.load(Ordering::Acquire));
+        let seen = self.latest.as_ref().map_or(0, |latest| latest.load(Ordering::Acquire));
+        Nanos(self.scale.to_ns(shown.max(seen)))
+    }
+
+    /// Guest time now, for a guest that reads a clock: no clock goes behind it any more.
+    #[must_use]
+    pub fn read(&self) -> Nanos {
         Nanos(self.scale.to_ns(self.shown()))
     }
 
@@ -165,7 +174,7 @@ impl TimeBase {
         }
     }
 
-    /// Guest clocks in TSC ticks since time 0. Where readings are noted, none is earlier than another.
+    /// A reading in TSC ticks since time 0. Where readings are noted, none is earlier than another.
     fn shown(&self) -> u64 {
         let shown = self.line().saturating_sub(self.lag.load(Ordering::Acquire));
         match &self.latest {
