@@ -226,7 +226,7 @@ impl Lapic {
     }
 
     /// Named values, for `inspect`.
-    pub(crate) fn inspect(&self) -> Vec<(&'static str, String)> {
+    pub(crate) fn inspect(&self) -> Vec<(String, String)> {
         self.look(|state| state.inspect(self.base()))
     }
 }

@@ -9,7 +9,7 @@ use wardian_memory::GuestMemory;
 
 use crate::ending::{End, Ending};
 use crate::error::{MachineError, Outcome};
-use crate::stats::{ExitStats, Stats};
+use crate::stats::{ExitStats, Stats, TimerStats};
 use crate::vm::{DebugHook, Parts, PauseGuard, Vm, vcpu_stats};
 
 /// Makes the parts of the machine, in their state after reset. Called for each life anew.
@@ -112,6 +112,7 @@ pub(crate) struct Runner {
     reboots: u64,
     name: String,
     clock: (u64, u64),
+    timers: TimerStats,
 }
 
 impl Runner {
@@ -136,6 +137,7 @@ impl Runner {
             engine: vec![Vec::new(); cpus],
             reboots: 0,
             clock: (0, 1),
+            timers: TimerStats::new(),
         })
     }
 
@@ -160,6 +162,7 @@ impl Runner {
             vcpus: rows
                 .map(|(index, (exits, engine))| vcpu_stats(index, exits, engine.clone(), self.clock.1))
                 .collect(),
+            timers: self.timers.clone(),
         }
     }
 
@@ -228,6 +231,7 @@ impl Runner {
         if started.is_ok() {
             self.shared.ending.wait();
         }
+        self.timers = vm.timers();
         vm.finish();
         let end = self.shared.ending.take();
         vm.add_stats(&self.exits);

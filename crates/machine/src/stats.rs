@@ -1,9 +1,12 @@
 //! Counters and latency histograms of exits.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 use wardian_cpu::Exit;
+
+use crate::board::Board;
 
 /// The kinds of exits, in the order of [`NAMES`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,7 +174,7 @@ pub struct VcpuStats {
     /// Its exits.
     pub exits: Vec<ExitSummary>,
     /// The engine's own counters.
-    pub engine: std::collections::BTreeMap<String, u64>,
+    pub engine: BTreeMap<String, u64>,
 }
 
 /// Everything that was counted, reboots included.
@@ -187,6 +190,29 @@ pub struct Stats {
     pub reboots: u64,
     /// By vCPU.
     pub vcpus: Vec<VcpuStats>,
+    /// What became of the ticks of each timer of the last life, such as `pit.ticks`: delivered, replayed,
+    /// missed, masked, coalesced, stepped, backlog, latest_ns. Timers that never ticked are left out.
+    pub timers: TimerStats,
+}
+
+/// Counters of timers, by name.
+pub type TimerStats = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// The counters of ticks among what `board`'s timers tell of themselves.
+pub(crate) fn timers(board: &Board) -> TimerStats {
+    let mut all = TimerStats::new();
+    let regions = board.ports.regions().chain(board.mmio.regions());
+    for (_, device) in regions.filter(|(_, device)| ["pit", "rtc", "hpet", "lapic"].contains(&device.name())) {
+        for (name, value) in device.inspect() {
+            if let Some((timer, counter)) = name.rsplit_once('/')
+                && let Ok(value) = value.parse()
+            {
+                all.entry(format!("{}.{timer}", device.name())).or_default().insert(counter.to_owned(), value);
+            }
+        }
+    }
+    all.retain(|_, counters| counters.get("delivered").is_some_and(|delivered| *delivered > 0));
+    all
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use wardian_time::{ResumePolicy, TimerQueue};
 use crate::board::Board;
 use crate::ending::{End, Ending};
 use crate::gate::Gate;
-use crate::stats::{ExitStats, VcpuStats};
+use crate::stats::{ExitStats, TimerStats, VcpuStats};
 use crate::vcpu::{Slot, Surroundings, run_loop};
 
 /// Asked when a vCPU meets a condition of the debugger: whether a debugger takes care of it.
@@ -253,6 +253,11 @@ impl Vm {
             .iter()
             .map(|slot| slot.try_lock().map(|vcpu| vcpu.counters()).unwrap_or_default())
             .collect()
+    }
+
+    /// What became of the ticks of each timer, while the machine has its devices.
+    pub(crate) fn timers(&self) -> TimerStats {
+        self.devices().as_ref().map(|devices| crate::stats::timers(&devices.board)).unwrap_or_default()
     }
 
     /// Guest time in nanoseconds, and the rate of the TSC.

@@ -4,6 +4,7 @@ use wardian_irq::Delivery;
 use wardian_time::{Grid, Nanos, Tick, TickConfig, TimeBase};
 
 use super::message::{Ipi, Message, Mode};
+use crate::edge_ticks::tick_values;
 use super::{LAPIC_BASE, MsrFault};
 
 /// Register numbers: the xAPIC offset divided by 16, the x2APIC MSR minus 800h (Intel SDM vol. 3A,
@@ -725,10 +726,10 @@ impl LapicState {
     }
 
     /// Named values, for `inspect`.
-    pub(crate) fn inspect(&self, base: &TimeBase) -> Vec<(&'static str, String)> {
+    pub(crate) fn inspect(&self, base: &TimeBase) -> Vec<(String, String)> {
         let list =
             |set: &Vectors| set.iter().map(|vector| format!("{vector:#x}")).collect::<Vec<_>>().join(" ");
-        vec![
+        let mut values: Vec<_> = [
             ("mode", format!("{:?}", self.mode())),
             ("base", format!("{:#x}", self.base)),
             ("tpr", format!("{:#x}", self.tpr)),
@@ -744,15 +745,12 @@ impl LapicState {
             (
                 "timer",
                 format!(
-                    "initial {} current {} divisor {} next {:?} tsc-deadline {:#x} {:?} backlog {} {}",
+                    "initial {} current {} divisor {} next {:?} tsc-deadline {:#x}",
                     self.initial,
                     self.current(base.timeline()),
                     1u32 << self.divide_shift(),
                     self.tick.next(),
                     self.deadline,
-                    self.tick.counts(),
-                    self.tick.backlog(),
-                    self.tick.config().policy,
                 ),
             ),
             (
@@ -763,5 +761,9 @@ impl LapicState {
                 ),
             ),
         ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into();
+        values.extend(tick_values("ticks", &self.tick));
+        values
     }
 }
