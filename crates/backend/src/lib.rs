@@ -21,7 +21,7 @@ mod terminal;
 pub use disk::{Disk, DiskError, DiskOptions, Format};
 pub use event::{Event, EventLoop, LoopHandle, Next};
 pub use output::Output;
-pub use signals::on_terminate;
+pub use signals::{on_pause, on_terminate};
 pub use terminal::{InputSink, Terminal, TerminalError, restore as restore_terminal};
 
 /// Fills `out` with random bytes from the host's kernel.

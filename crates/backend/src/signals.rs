@@ -1,4 +1,5 @@
-//! Signals that end the process: the terminal is put right first, and whoever asked is told.
+//! Signals that end the process: the terminal is put right first, and whoever asked is told. And those that pause
+//! it and let it go on.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -58,6 +59,46 @@ pub(crate) fn install() {
             }
         }
     });
+}
+
+/// Descriptors of the events for SIGUSR1 and SIGUSR2, or -1.
+static USER: [AtomicI32; 2] = [AtomicI32::new(-1), AtomicI32::new(-1)];
+static USER_EVENTS: OnceLock<[Arc<Event>; 2]> = OnceLock::new();
+
+extern "C" fn handle_user(signal: libc::c_int) {
+    // SAFETY: the location of errno is valid in every thread.
+    let errno = unsafe { *libc::__errno_location() };
+    let fd = USER[usize::from(signal == libc::SIGUSR2)].load(Ordering::Acquire);
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: writes 8 bytes from a live array; write(2) is async-signal-safe. Errno is put back.
+    unsafe {
+        libc::write(fd, one.as_ptr().cast(), one.len());
+        *libc::__errno_location() = errno;
+    }
+}
+
+/// From now on SIGUSR1 signals `pause` and SIGUSR2 `resume`. For one pair of events per process.
+///
+/// # Errors
+/// When there is one already, or the host refuses.
+pub fn on_pause(pause: Arc<Event>, resume: Arc<Event>) -> io::Result<()> {
+    let fds = [pause.as_fd().as_raw_fd(), resume.as_fd().as_raw_fd()];
+    USER_EVENTS.set([pause, resume]).map_err(|_| io::Error::from(io::ErrorKind::AlreadyExists))?;
+    for (place, (fd, signal)) in USER.iter().zip(fds.into_iter().zip([libc::SIGUSR1, libc::SIGUSR2])) {
+        place.store(fd, Ordering::Release);
+        // SAFETY: a zeroed sigaction is valid; the pointers are live; the handler only makes async-signal-safe
+        // calls.
+        let done = unsafe {
+            let mut new: libc::sigaction = std::mem::zeroed();
+            new.sa_sigaction = handle_user as extern "C" fn(libc::c_int) as usize;
+            new.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
+            libc::sigaction(signal, &raw const new, std::ptr::null_mut())
+        };
+        if done != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// The first SIGHUP, SIGINT, SIGQUIT or SIGTERM signals `event` instead of ending the process, so that disks

@@ -57,6 +57,19 @@ pub struct DebugRequest {
     pub watchpoints: Vec<(u64, u64, bool, bool)>,
 }
 
+/// A quick look at what a vCPU is at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Glance {
+    /// Linear address of the next instruction.
+    pub rip: u64,
+    /// In user mode (CPL 3).
+    pub user: bool,
+    /// RFLAGS.IF.
+    pub interrupts_enabled: bool,
+    /// Interrupts taken so far.
+    pub interrupts: u64,
+}
+
 /// One virtual processor. Used by one thread at a time.
 pub trait Vcpu: Send {
     /// Completes the exit that the last call returned with `answer` (use [`Answer::None`] the first time)
@@ -67,6 +80,8 @@ pub trait Vcpu: Send {
     fn run(&mut self, answer: Answer) -> Result<Exit, EngineError>;
     /// The whole architectural state. Only meaningful between a completed answer and the next exit.
     fn state(&mut self) -> CpuState;
+    /// A quick look, after any exit.
+    fn glance(&mut self) -> Glance;
     /// Replaces the whole architectural state.
     ///
     /// # Errors

@@ -5,7 +5,9 @@ use std::sync::atomic::Ordering;
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use wardian_cpu::bits::rflags;
-use wardian_cpu::{Activity, Answer, CpuModel, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Vcpu};
+use wardian_cpu::{
+    Activity, Answer, CpuModel, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Glance, Vcpu,
+};
 use wardian_irq::{Kick, LocalInterrupts};
 use wardian_memory::GuestMemory;
 use wardian_time::{Nanos, RunDelay, TimeBase};
@@ -588,6 +590,16 @@ impl Vcpu for SoftVcpu {
     fn state(&mut self) -> CpuState {
         fpu::complete(&mut self.core);
         state::save(&self.core)
+    }
+
+    fn glance(&mut self) -> Glance {
+        let ctx = self.core.c();
+        Glance {
+            rip: ctx.rip,
+            user: self.core.sys.cpl == 3,
+            interrupts_enabled: ctx.rflags & rflags::IF != 0,
+            interrupts: self.core.counters.interrupts,
+        }
     }
 
     fn set_state(&mut self, new: &CpuState) -> std::result::Result<(), EngineError> {

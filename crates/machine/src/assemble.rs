@@ -29,6 +29,7 @@ use wardian_virtio::PciTransport;
 
 use crate::board::{Board, Msrs};
 use crate::config::{Endpoint, Plan};
+use crate::diary::Diary;
 use crate::ending::Ending;
 use crate::engine::{self, EngineArgs};
 use crate::error::MachineError;
@@ -219,6 +220,7 @@ pub(crate) fn assemble(
     ending: &Arc<Ending>,
     mut outputs: impl OutputSource,
     route: &InputRoute,
+    diary: &Arc<Diary>,
     held: bool,
 ) -> Result<Parts, MachineError> {
     // Input first: what can be refused is refused before anything is created.
@@ -258,7 +260,7 @@ pub(crate) fn assemble(
         if index == 0 {
             vcpu.set_state(&state)?;
         }
-        let slot = Slot::new(index, Box::new(Stepped { vcpu, mask }));
+        let slot = Slot::new(index, Box::new(Stepped { vcpu, mask }), Arc::clone(&local));
         local.attach(Arc::clone(&slot.wake) as Arc<dyn Kick>);
         slots.push(slot);
     }
@@ -280,5 +282,17 @@ pub(crate) fn assemble(
     route.set(shop.input.take());
     let (keep, workers) = (shop.keep, shop.workers);
     let board = Board { ports: spaces.ports, mmio: spaces.mmio, msrs: Arc::new(ChipMsrs(chip)) };
-    Ok(Parts { name: plan.name.clone(), memory, queue, board, slots, workers, keep, held })
+    Ok(Parts {
+        name: plan.name.clone(),
+        memory,
+        queue,
+        board,
+        slots,
+        workers,
+        keep,
+        held,
+        diary: Arc::clone(diary),
+        on_resume: plan.on_resume,
+        lockup: plan.lockup,
+    })
 }

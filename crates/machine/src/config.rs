@@ -87,8 +87,10 @@ macro_rules! by_text {
 }
 
 mod timers;
+mod watch;
 
 pub use timers::{TimerPolicies, Timers, TscModeArg};
+pub use watch::{LockupSeconds, OnResume};
 
 /// Bytes of guest RAM: a number with an optional K, M, G or T (powers of 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -346,6 +348,12 @@ pub struct Config {
     pub timer_align: bool,
     /// The guest's time-stamp counter.
     pub tsc_mode: Option<TscModeArg>,
+    /// What guest time does about a pause; advance if not given.
+    pub on_resume: Option<OnResume>,
+    /// How long a vCPU may make no progress; 20 seconds if not given.
+    pub lockup_seconds: Option<LockupSeconds>,
+    /// What happens is written here, as JSON lines.
+    pub events: Option<PathBuf>,
     /// Counters are printed at the end.
     pub stats: bool,
     /// Counters are written here at the end, as JSON.
@@ -394,6 +402,7 @@ impl Config {
         self.module.iter_mut().for_each(|module| rebase(&mut module.path));
         self.disk.iter_mut().for_each(|disk| rebase(&mut disk.path));
         self.stats_json.iter_mut().for_each(rebase);
+        self.events.iter_mut().for_each(rebase);
         self.doorbell.iter_mut().for_each(rebase);
         for endpoint in [&mut self.serial, &mut self.console, &mut self.debug_console] {
             if let Some(Endpoint::File(path)) = endpoint {
@@ -433,6 +442,9 @@ impl Config {
             timer_policy: self.timer_policy.overridden_by(over.timer_policy),
             timer_align: over.timer_align || self.timer_align,
             tsc_mode: over.tsc_mode.or(self.tsc_mode),
+            on_resume: over.on_resume.or(self.on_resume),
+            lockup_seconds: over.lockup_seconds.or(self.lockup_seconds),
+            events: over.events.or(self.events),
             stats: over.stats || self.stats,
             stats_json: over.stats_json.or(self.stats_json),
         }
@@ -470,6 +482,9 @@ impl Config {
             no_reboot: self.no_reboot,
             timers: self.timer_policy.resolve(self.timer_align),
             tsc: self.tsc_mode.unwrap_or_default().0,
+            on_resume: self.on_resume.unwrap_or_default().0,
+            lockup: self.lockup_seconds.unwrap_or_default().span(),
+            events: self.events,
         })
     }
 }
@@ -517,6 +532,12 @@ pub struct Plan {
     pub timers: Timers,
     /// The guest's time-stamp counter.
     pub tsc: wardian_time::TscMode,
+    /// What guest time does about a pause.
+    pub on_resume: wardian_time::ResumePolicy,
+    /// How long a vCPU may make no progress.
+    pub lockup: Option<std::time::Duration>,
+    /// What happens is written here.
+    pub events: Option<PathBuf>,
 }
 
 #[cfg(test)]
@@ -553,6 +574,9 @@ mod tests {
             timer-policy = "sync,pit=replay"
             timer-align = true
             tsc-mode = "emulate"
+            on-resume = "step:2s"
+            lockup-seconds = 5
+            events = "events.jsonl"
             stats = true
             stats-json = "out.json"
             "#,
@@ -566,6 +590,8 @@ mod tests {
         let plan = config.check().unwrap();
         assert_eq!((plan.memory, plan.cpus), (1 << 30, 4));
         assert_eq!(plan.timers.pit.policy, wardian_time::TickPolicy::Replay);
+        assert_eq!(plan.on_resume, wardian_time::ResumePolicy::Step(wardian_time::Nanos(2_000_000_000)));
+        assert_eq!(plan.lockup.map(|span| span.as_secs()), Some(5));
         assert!(plan.timers.lapic.align && plan.tsc == wardian_time::TscMode::Emulate);
         assert_eq!(plan.debug_console, Endpoint::File("log".into()));
         assert_eq!(plan.doorbell.as_deref(), Some(Path::new("rings.csv")));
@@ -585,6 +611,8 @@ mod tests {
             ("gdb = 70000\n", "field `gdb`: '70000' is no address"),
             ("timer-policy = \"late\"\n", "guest.toml:1:16: field `timer-policy`: 'late' is no timer policy"),
             ("tsc-mode = \"fast\"\n", "field `tsc-mode`: 'fast' is no TSC mode"),
+            ("on-resume = \"skip\"\n", "field `on-resume`: 'skip' is no policy for resuming"),
+            ("lockup-seconds = 1\n", "field `lockup-seconds`: '1' is no time without progress"),
             ("kernel = \n", "guest.toml:1:"),
             ("kernel = \"a\"\nkernel = \"b\"\n", "guest.toml:2:1: "),
         ];

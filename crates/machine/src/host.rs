@@ -1,13 +1,16 @@
 //! The host's side that outlives a reset: outputs, the terminal, signals.
 
 use std::path::PathBuf;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
+use std::thread::JoinHandle;
 
 use wardian_backend::{Event, EventLoop, Next, Output, Terminal};
 
 use crate::config::{Endpoint, Plan};
 use crate::ending::{End, Ending};
 use crate::error::MachineError;
+use crate::lifecycle::Control;
 
 /// Takes typed bytes for the guest, as many as it has room for.
 pub(crate) type Input = Box<dyn FnMut(&[u8]) -> usize + Send>;
@@ -102,6 +105,40 @@ pub(crate) struct Attached {
     // Dropped first: raw mode ends even if the loop hangs in a handler.
     _terminal: Option<Terminal>,
     _events: EventLoop,
+    _pauser: Option<Pauser>,
+}
+
+/// A thread that pauses the machine and lets it go on: a pause waits for disks, the event loop must not.
+struct Pauser {
+    /// Pause, go on, or end.
+    asked: Sender<Option<bool>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Pauser {
+    fn start(control: Control) -> std::io::Result<Pauser> {
+        let (asked, next) = channel();
+        let thread = std::thread::Builder::new().name("pauser".into()).spawn(move || {
+            let mut paused = None;
+            while let Ok(Some(pause)) = next.recv() {
+                match (pause, &paused) {
+                    (true, None) => paused = control.pause(),
+                    (true, Some(_)) => {}
+                    (false, _) => paused = None,
+                }
+            }
+        })?;
+        Ok(Pauser { asked, thread: Some(thread) })
+    }
+}
+
+impl Drop for Pauser {
+    fn drop(&mut self) {
+        let _ = self.asked.send(None);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Attached {
@@ -110,6 +147,7 @@ impl Attached {
         terminal: bool,
         route: &InputRoute,
         ending: &Arc<Ending>,
+        control: Control,
     ) -> Result<Attached, MachineError> {
         let host = |what: &'static str| move |source| MachineError::Host { what, source: Box::new(source) };
         watch_panics(ending);
@@ -124,6 +162,23 @@ impl Attached {
                 Next::Keep
             });
         }
+        let (pause, resume) =
+            (Event::new().map_err(host("an event"))?, Event::new().map_err(host("an event"))?);
+        let (pause, resume) = (Arc::new(pause), Arc::new(resume));
+        let mut pauser = None;
+        if wardian_backend::on_pause(Arc::clone(&pause), Arc::clone(&resume)).is_ok() {
+            let asked = Pauser::start(control).map_err(host("a thread"))?;
+            for (signal, pauses) in [(pause, true), (resume, false)] {
+                let (event, asked) = (Arc::clone(&signal), asked.asked.clone());
+                events.handle().add(signal, move || {
+                    event.take();
+                    // It has gone only when the machine has.
+                    let _ = asked.send(Some(pauses));
+                    Next::Keep
+                });
+            }
+            pauser = Some(asked);
+        }
         let terminal = if terminal {
             let (route, ending) = (route.clone(), Arc::clone(ending));
             let sink = Box::new(move |bytes: &[u8]| route.offer(bytes));
@@ -133,7 +188,7 @@ impl Attached {
         } else {
             None
         };
-        Ok(Attached { _terminal: terminal, _events: events })
+        Ok(Attached { _terminal: terminal, _events: events, _pauser: pauser })
     }
 }
 

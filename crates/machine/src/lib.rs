@@ -14,12 +14,19 @@
 //! **Architecture Invariant:** a machine is built input first, outputs last: what is refused has changed
 //! nothing.
 //!
-//! **API Boundary:** [`Config`], [`Machine`], [`Control`], [`Outcome`], [`MachineError`], [`status`], [`Stats`].
+//! **Architecture Invariant:** a guest that was stopped is told so before it can take its own clocks for a lockup;
+//! where a vCPU makes no progress all the same, [`Verdict`] says whose doing it is.
+//!
+//! **API Boundary:** [`Config`], [`Machine`], [`Control`], [`Outcome`], [`MachineError`], [`status`], [`Stats`],
+//! [`Event`].
 #![forbid(unsafe_code)]
 
+mod accounts;
 mod assemble;
 mod board;
 mod config;
+mod diary;
+mod doctor;
 mod ending;
 mod engine;
 mod error;
@@ -32,16 +39,20 @@ mod step;
 #[cfg(test)]
 mod tests;
 mod vcpu;
+mod verdict;
 mod vm;
 mod wake;
 
+pub use accounts::TimeSpent;
 pub use config::{
-    Config, ConfigError, CpuCount, DiskArg, Endpoint, EngineChoice, MAX_CPUS, MemorySize, ModuleArg, Plan,
-    TimerPolicies, Timers, TscModeArg,
+    Config, ConfigError, CpuCount, DiskArg, Endpoint, EngineChoice, LockupSeconds, MAX_CPUS, MemorySize,
+    ModuleArg, OnResume, Plan, TimerPolicies, Timers, TscModeArg,
 };
+pub use diary::{Event, Happening};
 pub use error::{MachineError, Outcome, status};
 pub use lifecycle::Control;
 pub use machine::Machine;
 pub use stats::{ExitSummary, Stats, VcpuStats};
+pub use verdict::{Sighting, Verdict, Window};
 pub use vm::PauseGuard;
 pub use wardian_gdb::Address as DebugAddress;

@@ -7,6 +7,7 @@ use wardian_cpu::Vcpu;
 use wardian_gdb::{Door, OpenDoor, Target};
 use wardian_memory::GuestMemory;
 
+use crate::accounts::TimeSpent;
 use crate::ending::{End, Ending};
 use crate::error::{MachineError, Outcome};
 use crate::stats::{ExitStats, Stats, TimerStats};
@@ -83,6 +84,12 @@ impl Control {
         self.0.vm().map(|vm| vm.pause())
     }
 
+    /// Where the time of each vCPU went since the last reset, while the machine runs.
+    #[must_use]
+    pub fn time_spent(&self) -> Vec<TimeSpent> {
+        self.0.vm().map(|vm| vm.time_spent()).unwrap_or_default()
+    }
+
     /// Calls `f` with vCPU `index`, which must be paused or held by a debugger; says whether it was called.
     pub fn with_vcpu(&self, index: usize, f: &mut dyn FnMut(&mut dyn Vcpu)) -> bool {
         self.0.with_vcpu(index, f)
@@ -108,6 +115,7 @@ pub(crate) struct Runner {
     shared: Arc<Shared>,
     door: Option<Door>,
     exits: Vec<ExitStats>,
+    time: Vec<TimeSpent>,
     engine: Vec<Vec<(&'static str, u64)>>,
     reboots: u64,
     name: String,
@@ -133,6 +141,7 @@ impl Runner {
             no_reboot,
             shared,
             door: None,
+            time: vec![TimeSpent::default(); cpus],
             exits: std::iter::repeat_with(ExitStats::default).take(cpus).collect(),
             engine: vec![Vec::new(); cpus],
             reboots: 0,
@@ -153,14 +162,16 @@ impl Runner {
 
     /// What was counted so far.
     pub(crate) fn stats(&self, engine_name: &str) -> Stats {
-        let rows = self.exits.iter().zip(&self.engine).enumerate();
+        let rows = self.exits.iter().zip(&self.engine).zip(&self.time).enumerate();
         Stats {
             name: self.name.clone(),
             engine: engine_name.to_owned(),
             guest_ns: self.clock.0,
             reboots: self.reboots,
             vcpus: rows
-                .map(|(index, (exits, engine))| vcpu_stats(index, exits, engine.clone(), self.clock.1))
+                .map(|(index, ((exits, engine), time))| {
+                    vcpu_stats(index, *time, exits, engine.clone(), self.clock.1)
+                })
                 .collect(),
             timers: self.timers.clone(),
         }
@@ -235,6 +246,9 @@ impl Runner {
         vm.finish();
         let end = self.shared.ending.take();
         vm.add_stats(&self.exits);
+        for (total, life) in self.time.iter_mut().zip(vm.time_spent()) {
+            *total += life;
+        }
         self.engine = vm.engine_counters();
         self.clock = vm.clock();
         *lock(&self.shared.vm) = None;

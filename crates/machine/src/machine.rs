@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use wardian_backend::Output;
 use wardian_gdb::{Address, Door};
 
 use crate::assemble::assemble;
 use crate::config::{Config, Endpoint, Plan};
+use crate::diary::Diary;
 use crate::ending::Ending;
 use crate::engine;
 use crate::error::{MachineError, Outcome};
@@ -20,6 +22,7 @@ pub struct Machine {
     route: InputRoute,
     terminal: bool,
     debugger: Option<Address>,
+    diary: Arc<Diary>,
     engine_reason: &'static str,
 }
 
@@ -35,15 +38,25 @@ impl Machine {
         let terminal = plan.serial == Endpoint::Stdio || plan.console == Endpoint::Stdio;
         let (engine_reason, debugger) = (engine::reason(plan.engine), plan.gdb.clone());
         let (no_reboot, held) = (plan.no_reboot, plan.gdb_wait);
-        let assemble = maker(plan, Arc::clone(&ending), route.clone());
+        let (diary, events) = (Diary::new(), plan.events.clone());
+        let assemble = maker(plan, Arc::clone(&ending), route.clone(), Arc::clone(&diary));
         let mut runner = Runner::new(assemble, held, no_reboot, Arc::clone(&ending))?;
+        if let Some(path) = events {
+            diary.write_to(Output::file(&path).map_err(|source| MachineError::Output { path, source })?);
+        }
         let mut opened = None;
         if let Some(address) = &debugger {
             let door = Door::listen(address)?;
             opened = Some(door.address().clone());
             runner.set_door(door);
         }
-        Ok(Machine { runner, ending, route, terminal, debugger: opened, engine_reason })
+        Ok(Machine { runner, ending, route, terminal, debugger: opened, diary, engine_reason })
+    }
+
+    /// From now on `listener` gets what happens to the machine, on whichever thread it happens. It must not
+    /// wait for the machine.
+    pub fn on_event(&self, listener: impl Fn(&crate::Event) + Send + Sync + 'static) {
+        self.diary.listen(Box::new(listener));
     }
 
     /// One line that says which engine was taken and why.
@@ -65,15 +78,17 @@ impl Machine {
     }
 
     /// Runs the machine on threads of its own until it ends. Meanwhile standard input belongs to the guest,
-    /// if a device of its has it, and the first SIGINT, SIGTERM, SIGQUIT or SIGHUP ends the machine.
+    /// if a device of its has it, the first SIGINT, SIGTERM, SIGQUIT or SIGHUP ends the machine, SIGUSR1 pauses
+    /// it and SIGUSR2 lets it go on.
     pub fn run(&mut self) -> Outcome {
-        let attached = match Attached::attach(self.terminal, &self.route, &self.ending) {
+        let attached = match Attached::attach(self.terminal, &self.route, &self.ending, self.control()) {
             Ok(attached) => attached,
             Err(error) => return Outcome::Failed(error),
         };
         let outcome = self.runner.run();
         self.route.set(None);
         drop(attached);
+        self.diary.drain();
         outcome
     }
 
@@ -85,7 +100,12 @@ impl Machine {
 }
 
 /// Makes the machine of `plan` as often as it is reset. Outputs are opened once.
-fn maker(plan: Plan, ending: Arc<Ending>, route: InputRoute) -> crate::lifecycle::Assemble {
+fn maker(
+    plan: Plan,
+    ending: Arc<Ending>,
+    route: InputRoute,
+    diary: Arc<Diary>,
+) -> crate::lifecycle::Assemble {
     let mut opened: Option<Outputs> = None;
     Box::new(move |held| {
         if let Some(outputs) = &opened {
@@ -95,6 +115,6 @@ fn maker(plan: Plan, ending: Arc<Ending>, route: InputRoute) -> crate::lifecycle
             Some(outputs) => Ok(outputs.clone()),
             None => Ok(opened.insert(Outputs::open(&plan)?).clone()),
         };
-        assemble(&plan, &ending, outputs, &route, held)
+        assemble(&plan, &ending, outputs, &route, &diary, held)
     })
 }

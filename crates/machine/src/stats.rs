@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::Serialize;
 use wardian_cpu::Exit;
 
+use crate::accounts::{Phase, TimeSpent};
 use crate::board::Board;
 
 /// The kinds of exits, in the order of [`NAMES`].
@@ -51,6 +52,15 @@ pub const NAMES: [&str; 11] = [
 ];
 
 impl Kind {
+    /// What the thread of a vCPU is at after an exit of this kind.
+    pub(crate) fn phase(self) -> Phase {
+        match self {
+            Kind::Halt => Phase::Halted,
+            Kind::Debug => Phase::Resting,
+            _ => Phase::Exit,
+        }
+    }
+
     /// The kind of `exit`.
     #[must_use]
     pub fn of(exit: &Exit) -> Kind {
@@ -93,7 +103,7 @@ impl Default for ExitStats {
 }
 
 /// One writer, so no locked instruction is needed.
-fn add(cell: &AtomicU64, by: u64) {
+pub(crate) fn add(cell: &AtomicU64, by: u64) {
     cell.store(cell.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
 }
 
@@ -171,6 +181,8 @@ pub struct ExitSummary {
 pub struct VcpuStats {
     /// Number of the vCPU.
     pub vcpu: usize,
+    /// Where the time of its thread went.
+    pub time: TimeSpent,
     /// Its exits.
     pub exits: Vec<ExitSummary>,
     /// The engine's own counters.

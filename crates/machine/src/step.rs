@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use wardian_cpu::{Answer, CpuState, DebugRequest, EngineError, Exit, Vcpu};
+use wardian_cpu::{Answer, CpuState, DebugRequest, EngineError, Exit, Glance, Vcpu};
 use wardian_irq::{Kick, LocalInterrupts, PendingEvents};
 
 /// What the engine sees of a vCPU's interrupts: all, or, during single steps, INIT and SIPI alone.
@@ -84,6 +84,10 @@ impl Vcpu for Stepped {
 
     fn state(&mut self) -> CpuState {
         self.vcpu.state()
+    }
+
+    fn glance(&mut self) -> Glance {
+        self.vcpu.glance()
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use wardian_bus::{Access, Bus, Device};
 use wardian_chipset::power::{PowerRequest, PowerSink};
-use wardian_cpu::{Answer, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Vcpu};
-use wardian_irq::Kick;
+use wardian_cpu::{Answer, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Glance, Vcpu};
+use wardian_irq::{Kick, Quiet};
 use wardian_memory::GuestMemory;
-use wardian_time::{TimeBase, TimerQueue};
+use wardian_time::{ResumePolicy, TimeBase, TimerQueue};
 
 use crate::board::{Board, Msrs};
+use crate::diary::Diary;
 use crate::ending::{End, Ending};
 use crate::error::{MachineError, Outcome, status};
 use crate::lifecycle::Runner;
@@ -100,6 +101,9 @@ impl Vcpu for Scripted {
     fn state(&mut self) -> CpuState {
         self.state.clone()
     }
+    fn glance(&mut self) -> Glance {
+        Glance { rip: self.state.rip, ..Glance::default() }
+    }
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.state = state.clone();
         Ok(())
@@ -181,11 +185,23 @@ fn parts(toy: &Arc<Toy>, ending: &Arc<Ending>, vcpus: Vec<Scripted>, held: bool)
         memory: GuestMemory::new(0x10000).unwrap(),
         queue: TimerQueue::new(TimeBase::host()),
         board: Board { ports, mmio, msrs: Arc::new(ToyMsrs) },
-        slots: vcpus.into_iter().enumerate().map(|(index, vcpu)| Slot::new(index, Box::new(vcpu))).collect(),
+        slots: vcpus
+            .into_iter()
+            .enumerate()
+            .map(|(index, vcpu)| Slot::new(index, Box::new(vcpu), Arc::new(Quiet)))
+            .collect(),
         workers: Vec::new(),
         keep: Vec::new(),
         held,
+        diary: Diary::new(),
+        on_resume: ResumePolicy::Freeze,
+        lockup: None,
     }
+}
+
+/// A vCPU whose thread has not started.
+pub(crate) fn idle_slot() -> Slot {
+    Slot::new(0, Box::new(Scripted::new(Vec::new())), Arc::new(Quiet))
 }
 
 fn vm(vcpus: Vec<Scripted>) -> (Arc<Vm>, Arc<Ending>) {

@@ -4,8 +4,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use wardian_cpu::{Answer, CpuState, DebugEvent, Exit, Vcpu};
-use wardian_time::TimeBase;
+use wardian_irq::LocalInterrupts;
+use wardian_time::host_ticks;
 
+use crate::accounts::{Account, Phase};
 use crate::board::Board;
 use crate::ending::{End, Ending};
 use crate::gate::Gate;
@@ -19,19 +21,24 @@ pub(crate) struct Slot {
     /// The vCPU; its thread lets go of it only while it rests at the gate.
     vcpu: Mutex<Box<dyn Vcpu>>,
     pub(crate) wake: Arc<Wake>,
+    /// What waits for it.
+    pub(crate) local: Arc<dyn LocalInterrupts>,
+    pub(crate) account: Account,
     pub(crate) stats: ExitStats,
     /// Kind of the last exit, for display.
     last: AtomicU8,
 }
 
 impl Slot {
-    /// The slot of `vcpu`, number `index`.
-    pub(crate) fn new(index: usize, vcpu: Box<dyn Vcpu>) -> Slot {
+    /// The slot of `vcpu`, number `index`, with its local APIC.
+    pub(crate) fn new(index: usize, vcpu: Box<dyn Vcpu>, local: Arc<dyn LocalInterrupts>) -> Slot {
         let wake = Wake::new(vcpu.kicker());
         Slot {
             index,
             vcpu: Mutex::new(vcpu),
             wake,
+            local,
+            account: Account::default(),
             stats: ExitStats::default(),
             last: AtomicU8::new(u8::MAX),
         }
@@ -56,8 +63,12 @@ impl Slot {
         if self.wake.sleeps() {
             return format!("vCPU {}: halted", self.index);
         }
-        let last = crate::stats::NAMES.get(usize::from(self.last.load(Ordering::Relaxed)));
-        format!("vCPU {}: last exit {}", self.index, last.unwrap_or(&"none"))
+        format!("vCPU {}: last exit {}", self.index, self.last_exit().unwrap_or("none"))
+    }
+
+    /// Kind of the last exit.
+    pub(crate) fn last_exit(&self) -> Option<&'static str> {
+        crate::stats::NAMES.get(usize::from(self.last.load(Ordering::Relaxed))).copied()
     }
 }
 
@@ -66,7 +77,6 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) board: &'a Board,
     pub(crate) gate: &'a Gate,
     pub(crate) ending: &'a Ending,
-    pub(crate) time: &'a TimeBase,
     /// The vCPU, at rest now, met a condition of the debugger. Says whether a debugger takes care of it.
     pub(crate) debug: &'a dyn Fn(usize, DebugEvent) -> bool,
     /// Lets this vCPU go on after nobody took care of it.
@@ -85,13 +95,18 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
     let mut answer = Answer::None;
     // Whether the last answer is complete: only then may the vCPU be parked, looked at or saved.
     let mut complete = true;
+    let account = &slot.account;
+    account.begin();
+    let mut end = host_ticks();
     while !around.ending.is_set() {
         if around.gate.attention(slot.index) {
             if complete {
                 drop(vcpu);
+                account.enter(Phase::Resting, host_ticks());
                 if !around.gate.rest(slot.index) {
                     return;
                 }
+                end = host_ticks();
                 vcpu = slot.lock();
                 continue;
             }
@@ -99,18 +114,25 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
             slot.wake.kick_engine();
         }
         slot.wake.clear();
+        account.enter(Phase::Guest, end);
         let exit = match vcpu.run(answer) {
             Ok(exit) => exit,
             Err(error) => return around.ending.request(End::Engine(error)),
         };
-        let begin = around.time.ticks();
+        let begin = host_ticks();
         let kind = Kind::of(&exit);
+        account.enter(kind.phase(), begin);
         slot.last.store(kind as u8, Ordering::Relaxed);
         answer = Answer::None;
         complete = true;
         match exit {
-            Exit::Interrupted => {}
+            Exit::Interrupted => {
+                if account.wants() {
+                    account.give(vcpu.glance());
+                }
+            }
             Exit::Halt => {
+                account.sleeps(vcpu.glance().interrupts_enabled);
                 let not_now = || around.gate.attention(slot.index) || around.ending.is_set();
                 slot.wake.sleep(not_now);
             }
@@ -134,6 +156,11 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
                 complete = false;
             }
         }
-        slot.stats.record(kind, around.time.ticks().wrapping_sub(begin));
+        end = host_ticks();
+        let took = end.wrapping_sub(begin);
+        slot.stats.record(kind, took);
+        if kind.phase() == Phase::Exit {
+            account.exit(kind, took);
+        }
     }
 }

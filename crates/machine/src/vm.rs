@@ -4,13 +4,17 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use wardian_cpu::{DebugEvent, Vcpu};
 use wardian_irq::Kick;
 use wardian_memory::GuestMemory;
-use wardian_time::{ResumePolicy, TimerQueue};
+use wardian_time::{Nanos, ResumePolicy, TimerQueue, host_hz, host_ticks, ticks_to_nanos};
 
+use crate::accounts::TimeSpent;
 use crate::board::Board;
+use crate::diary::{Diary, Happening, seconds};
+use crate::doctor::{Bell, Doctor};
 use crate::ending::{End, Ending};
 use crate::gate::Gate;
 use crate::stats::{ExitStats, TimerStats, VcpuStats};
@@ -42,6 +46,12 @@ pub(crate) struct Parts {
     pub(crate) keep: Vec<Box<dyn Any + Send + Sync>>,
     /// Every vCPU starts held.
     pub(crate) held: bool,
+    /// Where it is told what happens.
+    pub(crate) diary: Arc<Diary>,
+    /// What guest time does about a pause.
+    pub(crate) on_resume: ResumePolicy,
+    /// How long a vCPU may make no progress; `None`: for ever.
+    pub(crate) lockup: Option<Duration>,
 }
 
 /// One life of the machine.
@@ -59,6 +69,10 @@ pub(crate) struct Vm {
     /// Held by whoever stops or starts the vCPUs.
     control: Mutex<()>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    diary: Arc<Diary>,
+    on_resume: ResumePolicy,
+    lockup: Option<Duration>,
+    bell: Bell,
 }
 
 struct Devices {
@@ -68,9 +82,22 @@ struct Devices {
 }
 
 /// A pause of the machine: every vCPU rests at a completed answer, every worker has drained, guest time
-/// stands still. Dropping it lets the machine go on, kvmclock telling the guest that it was stopped.
+/// stands still. Dropping it lets the machine go on, kvmclock telling the guest that it was stopped. Of
+/// pauses within each other the last to end counts.
 #[must_use = "dropping it ends the pause"]
-pub struct PauseGuard(Arc<Vm>);
+pub struct PauseGuard {
+    vm: Arc<Vm>,
+    policy: ResumePolicy,
+    /// Host ticks.
+    since: u64,
+}
+
+impl PauseGuard {
+    /// Ends the pause, with another policy for guest time than the machine's own.
+    pub fn resume(mut self, policy: ResumePolicy) {
+        self.policy = policy;
+    }
+}
 
 impl Vm {
     /// A machine whose threads do not run yet.
@@ -89,6 +116,10 @@ impl Vm {
             debug,
             control: Mutex::new(()),
             threads: Mutex::new(Vec::new()),
+            diary: parts.diary,
+            on_resume: parts.on_resume,
+            lockup: parts.lockup,
+            bell: Bell::default(),
         })
     }
 
@@ -120,10 +151,14 @@ impl Vm {
         {
             let _control = self.control();
             if self.gate.would_run(|_| false, 0) {
-                self.resume_time();
+                self.resume_time(ResumePolicy::Freeze);
             }
         }
         self.spawn("timers".into(), |vm| vm.queue.serve())?;
+        self.spawn("doctor".into(), |vm| {
+            let (slots, queue, diary, window) = (&vm.slots, &vm.queue, &vm.diary, vm.lockup);
+            Doctor { slots, queue, diary, window }.work(&vm.bell);
+        })?;
         let Some(board) = self.devices().as_ref().map(|devices| Arc::clone(&devices.board)) else {
             return Ok(());
         };
@@ -151,7 +186,6 @@ impl Vm {
             board,
             gate: &self.gate,
             ending: &self.ending,
-            time: self.queue.base(),
             debug: &*self.debug,
             release: &|index| self.release(&|n| n == index),
         };
@@ -163,6 +197,7 @@ impl Vm {
         self.gate.leave();
         self.kick();
         self.queue.stop();
+        self.bell.ring();
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             let _ = thread.join();
@@ -184,12 +219,14 @@ impl Vm {
     }
 
     /// Guest time runs again: every vCPU at rest is told, before it runs.
-    fn resume_time(&self) {
+    fn resume_time(&self, policy: ResumePolicy) {
         let time = self.queue.base();
         if time.is_running() {
             return;
         }
-        time.resume(ResumePolicy::Freeze);
+        // Time that does not follow the host's clock does not pass in a pause.
+        let virtual_time = policy == ResumePolicy::Advance && !time.follows_host();
+        time.resume(if virtual_time { ResumePolicy::Freeze } else { policy });
         self.slots.iter().for_each(|slot| slot.lock().resumed());
         self.queue.wake();
     }
@@ -211,7 +248,8 @@ impl Vm {
     pub(crate) fn release(&self, which: &dyn Fn(usize) -> bool) {
         let _control = self.control();
         if self.gate.would_run(which, 0) {
-            self.resume_time();
+            // To a debugger no time passes while it looks.
+            self.resume_time(ResumePolicy::Freeze);
         }
         self.gate.release(which);
     }
@@ -220,11 +258,23 @@ impl Vm {
     pub(crate) fn pause(self: &Arc<Vm>) -> PauseGuard {
         // The guard first: whatever happens from here on, the pause is undone.
         self.gate.pause();
-        let guard = PauseGuard(Arc::clone(self));
+        let mut guard = PauseGuard { vm: Arc::clone(self), policy: self.on_resume, since: host_ticks() };
         let _control = self.control();
         self.stop_at_gate();
+        guard.since = host_ticks();
         self.workers().iter().for_each(|worker| worker.pause());
+        if self.gate.pauses() == 1 {
+            self.diary.tell(self.queue.base().now(), true, "Paused".to_owned(), Happening::Paused);
+        }
         guard
+    }
+
+    fn tell_resumed(&self, paused: Nanos, moved: Nanos) {
+        let clocks =
+            if moved.0 == 0 { "stood still".to_owned() } else { format!("moved by {}", seconds(moved)) };
+        let text = format!("Goes on after a pause of {}; guest time {clocks}", seconds(paused));
+        let what = Happening::Resumed { paused_ns: paused.0, guest_moved_ns: moved.0 };
+        self.diary.tell(self.queue.base().now(), true, text, what);
     }
 
     /// Calls `f` with vCPU `index` if it is parked; says whether it was.
@@ -247,6 +297,11 @@ impl Vm {
         }
     }
 
+    /// Where the time of each vCPU went so far.
+    pub(crate) fn time_spent(&self) -> Vec<TimeSpent> {
+        self.slots.iter().map(|slot| slot.account.time_spent()).collect()
+    }
+
     /// The engine's counters of each vCPU; those of a vCPU that runs are left out.
     pub(crate) fn engine_counters(&self) -> Vec<Vec<(&'static str, u64)>> {
         self.slots
@@ -260,24 +315,33 @@ impl Vm {
         self.devices().as_ref().map(|devices| crate::stats::timers(&devices.board)).unwrap_or_default()
     }
 
-    /// Guest time in nanoseconds, and the rate of the TSC.
+    /// Guest time in nanoseconds, and the rate of the host's ticks.
     pub(crate) fn clock(&self) -> (u64, u64) {
         let time = self.queue.base();
-        (time.now().0, time.tsc_hz())
+        (time.now().0, host_hz())
     }
 }
 
 impl Drop for PauseGuard {
     fn drop(&mut self) {
-        let vm = &*self.0;
+        let vm = &*self.vm;
         let _control = vm.control();
         if vm.gate.pauses() == 1 {
             vm.workers().iter().for_each(|worker| worker.resume());
         }
-        if vm.gate.would_run(|_| false, 1) {
-            vm.resume_time();
+        let base = vm.queue.base();
+        let before = base.timeline();
+        let runs = vm.gate.would_run(|_| false, 1);
+        if runs {
+            vm.resume_time(self.policy);
         }
+        let moved = base.timeline().saturating_sub(before);
+        let paused = ticks_to_nanos(host_ticks().wrapping_sub(self.since));
         vm.gate.unpause();
+        if runs {
+            // The clock has run since by some microseconds.
+            vm.tell_resumed(paused, if moved < Nanos(1_000_000) { Nanos(0) } else { moved });
+        }
     }
 }
 
@@ -293,12 +357,14 @@ impl Drop for Gone<'_> {
 /// The exits and counters of one vCPU in words.
 pub(crate) fn vcpu_stats(
     index: usize,
+    time: TimeSpent,
     exits: &ExitStats,
     engine: Vec<(&'static str, u64)>,
     hz: u64,
 ) -> VcpuStats {
     VcpuStats {
         vcpu: index,
+        time,
         exits: exits.summary(hz),
         engine: engine.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
     }

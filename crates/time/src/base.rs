@@ -153,12 +153,6 @@ impl TimeBase {
         Nanos(self.scale.to_ns(self.line()))
     }
 
-    /// The time line in TSC ticks, to measure spans with.
-    #[must_use]
-    pub fn ticks(&self) -> u64 {
-        self.line()
-    }
-
     /// How far guest clocks are behind the time line.
     #[must_use]
     pub fn lag(&self) -> Nanos {
@@ -235,6 +229,12 @@ impl TimeBase {
             (Source::Tsc, None, _) => Some(self.offset.load(Ordering::Acquire)),
             _ => None,
         }
+    }
+
+    /// Whether guest time follows the host's clock, rather than what the guest does.
+    #[must_use]
+    pub fn follows_host(&self) -> bool {
+        matches!(self.source, Source::Tsc)
     }
 
     /// Whether guest time runs.

@@ -1,7 +1,7 @@
 //! The timer queue: absolute deadlines, one serving thread.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -33,6 +33,8 @@ pub struct TimerQueue {
     inner: Mutex<Inner>,
     changed: Condvar,
     stop: AtomicBool,
+    /// How late the latest handler was called since somebody asked, in nanoseconds.
+    late: AtomicU64,
 }
 
 impl TimerQueue {
@@ -44,6 +46,7 @@ impl TimerQueue {
             inner: Mutex::default(),
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
+            late: AtomicU64::new(0),
         })
     }
 
@@ -98,6 +101,7 @@ impl TimerQueue {
                 match inner.armed.first().copied() {
                     Some((at, id)) if at <= now => {
                         inner.armed.pop_first();
+                        self.late.fetch_max(now.0 - at.0, Ordering::Relaxed);
                         inner.slots[id].deadline = None;
                         inner.slots[id].handler.upgrade()
                     }
@@ -110,6 +114,15 @@ impl TimerQueue {
                 count += 1;
             }
         }
+    }
+
+    /// How late the latest handler was called since this was last asked, one that is due now counted in.
+    pub fn take_lateness(&self) -> Nanos {
+        let waits = match self.next_deadline() {
+            Some(at) if self.base.is_running() => self.base.timeline().saturating_sub(at).0,
+            _ => 0,
+        };
+        Nanos(self.late.swap(0, Ordering::Relaxed).max(waits))
     }
 
     /// Serves the queue on the calling thread until [`TimerQueue::stop`]. While guest time is paused

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use wardian_machine::{
-    Config, ConfigError, CpuCount, DebugAddress, DiskArg, Endpoint, EngineChoice, MemorySize, ModuleArg,
-    TimerPolicies, TscModeArg,
+    Config, ConfigError, CpuCount, DebugAddress, DiskArg, Endpoint, EngineChoice, LockupSeconds, MemorySize,
+    ModuleArg, OnResume, TimerPolicies, TscModeArg,
 };
 
 const STATUSES: &str = "\
@@ -19,10 +19,17 @@ Exit status of `wardian run`:
   12  ended from outside: SIGINT, SIGTERM, SIGHUP, SIGQUIT, Ctrl-a x, the debugger's kill
  odd  with --debug-exit, the guest wrote N to port F4h: (N << 1 | 1) & 255";
 
+const SIGNALS: &str = "\
+Signals to `wardian run`:
+  USR1  pauses the machine; USR2 lets it go on (see --on-resume)
+  TERM, INT, HUP, QUIT  end it; a second one at once
+
+";
+
 /// Keeps a whole machine under glass: runs unmodified operating systems on Linux x86-64, with or without
 /// virtualization hardware.
 #[derive(Debug, Parser)]
-#[command(name = "wardian", version, after_help = STATUSES)]
+#[command(name = "wardian", version, after_help = format!("{SIGNALS}{STATUSES}"))]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -35,7 +42,7 @@ pub(crate) enum Command {
     ///
     /// With the serial port or the console on stdio the terminal belongs to the guest: Ctrl-a x ends the
     /// machine, Ctrl-a Ctrl-a types one Ctrl-a.
-    #[command(after_help = STATUSES)]
+    #[command(after_help = format!("{SIGNALS}{STATUSES}"))]
     Run(Box<Run>),
 }
 
@@ -114,6 +121,16 @@ pub(crate) struct Run {
     /// increasing) or native (the host's own) [default: default].
     #[arg(long, value_name = "MODE")]
     tsc_mode: Option<TscModeArg>,
+    /// What guest time does about a pause: freeze (it goes on where it stopped), advance (it keeps the host's
+    /// time) or step:SPAN, such as step:1.5s [default: advance].
+    #[arg(long, value_name = "POLICY")]
+    on_resume: Option<OnResume>,
+    /// Say why a vCPU makes no progress for so many seconds, 3 to 3600, or 0 for never [default: 20].
+    #[arg(long, value_name = "SECONDS")]
+    lockup_seconds: Option<LockupSeconds>,
+    /// Write what happens to this file, as JSON lines: pauses, stops, vCPUs without progress.
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
     /// Print exit and engine counters at the end.
     #[arg(long)]
     stats: bool,
@@ -158,6 +175,9 @@ impl Run {
                 .fold(TimerPolicies::default(), TimerPolicies::overridden_by),
             timer_align: self.timer_align,
             tsc_mode: self.tsc_mode,
+            on_resume: self.on_resume,
+            lockup_seconds: self.lockup_seconds,
+            events: self.events,
             stats: self.stats,
             stats_json: self.stats_json,
         }))

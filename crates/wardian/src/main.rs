@@ -43,6 +43,11 @@ fn run_machine(run: Run) -> Result<u8, MachineError> {
     let config = run.config()?;
     let (print, json) = (config.stats, config.stats_json.clone());
     let mut machine = Machine::build(config)?;
+    machine.on_event(|event| {
+        if event.loud {
+            eprintln!("wardian: {}", event.text);
+        }
+    });
     let json = json.as_deref().map(|path| create(path).map(|file| (path, file))).transpose()?;
     eprintln!("wardian: {}", machine.engine_reason());
     if let Some(address) = machine.debugger() {

@@ -1,0 +1,56 @@
+use super::{Common, Patient, Turn, step};
+use crate::verdict::Verdict;
+use wardian_time::Nanos;
+
+const S: u64 = 1_000_000_000;
+
+#[test]
+fn an_episode_is_told_once_and_its_end_once() {
+    let (mut patient, window) = (Patient::default(), Nanos(20 * S));
+    let mut told = Vec::new();
+    let steal = || Some(Verdict::Steal);
+    let spin = |low| Some(Verdict::Spin { low, high: low });
+    let verdicts = [None, steal(), steal(), spin(1), spin(2), None, None, spin(1), None];
+    for (second, verdict) in verdicts.into_iter().enumerate() {
+        told.push(match patient.turn(verdict, Nanos((30 + second as u64) * S), window) {
+            Turn::Nothing => 0,
+            Turn::New(_) => 1,
+            Turn::Over(after) => after.0 / S,
+        });
+    }
+    // The same again, right after it was over, is not told anew; how long it was is.
+    assert_eq!(told, [0, 1, 0, 1, 0, 22, 0, 0, 21]);
+    let late = patient.turn(spin(1), Nanos(90 * S), window);
+    assert!(matches!(late, Turn::New(Verdict::Spin { low: 1, .. })));
+}
+
+#[test]
+fn guest_time_is_compared_only_while_it_runs() {
+    let mut last = None;
+    assert_eq!(step(&mut last, true, Nanos(5 * S), Nanos(S)), Nanos(0), "the first time");
+    assert_eq!(step(&mut last, true, Nanos(6 * S), Nanos(S)), Nanos(0));
+    assert_eq!(step(&mut last, true, Nanos(10 * S), Nanos(S)), Nanos(3 * S));
+    assert_eq!(step(&mut last, true, Nanos(10 * S), Nanos(S)), Nanos(S), "it stood still");
+    assert_eq!(step(&mut last, false, Nanos(10 * S), Nanos(S)), Nanos(0), "paused");
+    assert_eq!(step(&mut last, true, Nanos(90 * S), Nanos(S)), Nanos(0), "after a pause");
+}
+
+#[test]
+fn a_window_is_as_long_as_asked_for_and_no_longer_than_needed() {
+    let (mut patient, window) = (Patient::default(), Nanos(3 * S));
+    let slot = crate::tests::idle_slot();
+    let mut common = Common::default();
+    for second in 1..=10u64 {
+        common.at = Nanos(second * S);
+        common.beat.since = Nanos(S);
+        patient.look(&slot, &common, window);
+        assert_eq!(patient.window(window).is_some(), second >= 4, "{second}");
+    }
+    assert_eq!(patient.window(window).map(|w| (w.span_ns, w.looks)), Some((3 * S, 0)));
+    // The process was stopped: one interval is longer than the window.
+    common.at = Nanos(50 * S);
+    common.stopped = Nanos(40 * S);
+    patient.look(&slot, &common, window);
+    let w = patient.window(window).expect("a window");
+    assert_eq!((w.span_ns, w.stopped_ns), (40 * S, 40 * S));
+}
