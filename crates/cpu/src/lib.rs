@@ -66,7 +66,7 @@ pub struct Glance {
     pub user: bool,
     /// RFLAGS.IF.
     pub interrupts_enabled: bool,
-    /// Interrupts taken so far.
+    /// Interrupts taken so far, without NMIs.
     pub interrupts: u64,
 }
 

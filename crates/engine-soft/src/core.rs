@@ -141,6 +141,7 @@ pub struct Counters {
     pub interpreted: u64,
     pub exceptions: u64,
     pub interrupts: u64,
+    pub nmis: u64,
     pub syscalls: u64,
     pub slow_accesses: u64,
     pub code_invalidations: u64,

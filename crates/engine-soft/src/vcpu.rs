@@ -166,7 +166,7 @@ impl SoftVcpu {
         core.notice_stops();
         if pending.nmi && !core.sys.nmi_blocked && core.irq.take_nmi() {
             core.sys.activity = Activity::Running;
-            core.counters.interrupts += 1;
+            core.counters.nmis += 1;
             return sys::deliver(core, Event::Nmi);
         }
         if pending.interrupt
@@ -653,6 +653,7 @@ impl Vcpu for SoftVcpu {
             ("syscalls", c.syscalls),
             ("exceptions", c.exceptions),
             ("interrupts", c.interrupts),
+            ("nmis", c.nmis),
             ("exits", c.exits),
         ]
     }

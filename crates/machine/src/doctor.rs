@@ -77,8 +77,8 @@ struct Patient {
     interrupts: u64,
     masked: Nanos,
     unwoken: Nanos,
-    /// At the last beat: (something to wake it was there while it slept, an interrupt was held off).
-    was: (bool, bool),
+    /// At the last beat it slept and something to wake it was there.
+    awaited: bool,
     asked: bool,
 }
 
@@ -141,7 +141,7 @@ impl Doctor<'_> {
 
     fn tell_stop(&self, gone: Nanos, suspended: Nanos) {
         let who = if suspended.0 != 0 { "The host was suspended" } else { "The process was stopped" };
-        let text = format!("{who} for {}; the guest is told", seconds(gone));
+        let text = format!("{who} for about {:.0} s; the guest is told", gone.0 as f64 / 1e9);
         let what = Happening::Stopped { stopped_ns: gone.0, suspended_ns: suspended.0 };
         self.diary.tell(self.queue.base().now(), true, text, what);
     }
@@ -218,15 +218,22 @@ impl Patient {
             halted && reading.stretch >= span && (pending.interrupt && account.is_open() || pending.nmi);
         let before = self.interrupts;
         self.interrupts = glance.map_or(before, |glance| glance.interrupts);
-        let held_off = sighting.is_some_and(|seen| !seen.interrupts_enabled && seen.interrupt_pending)
-            && self.interrupts == before;
-        if awaited && self.was.0 {
-            self.unwoken = self.unwoken.saturating_add(span);
-        }
-        if held_off && self.was.1 {
+        if sighting.is_some_and(|seen| !seen.interrupts_enabled && seen.interrupt_pending)
+            && self.interrupts == before
+        {
             self.masked = self.masked.saturating_add(span);
         }
-        self.was = (awaited, held_off);
+        if awaited && self.awaited {
+            self.unwoken = self.unwoken.saturating_add(span);
+        }
+        self.awaited = awaited;
+        // Timers are late and clocks move when a pause or a stop is over: that is no fault.
+        let rest = |reading: &Reading| reading.spent[Phase::Resting as usize];
+        let disturbed = self
+            .samples
+            .back()
+            .is_none_or(|last| rest(&reading) != rest(&last.reading) || common.stopped != last.stopped);
+        let unless_disturbed = |span| if disturbed { Nanos(0) } else { span };
         let longest = account.take_longest(&reading, slot.last_exit());
         let guest = reading.phase == Some(Phase::Guest);
         self.samples.push_back(Sample {
@@ -237,9 +244,9 @@ impl Patient {
             unwoken: self.unwoken,
             interrupts: self.interrupts,
             longest_exit: longest,
-            timer_late: common.timer_late,
+            timer_late: unless_disturbed(common.timer_late),
             doctor_late: span.saturating_sub(Nanos(BEAT.as_nanos() as u64)),
-            clock_step: common.clock_step,
+            clock_step: unless_disturbed(common.clock_step),
             looked: self.asked,
             sighting,
         });

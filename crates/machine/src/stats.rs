@@ -214,12 +214,15 @@ pub type TimerStats = BTreeMap<String, BTreeMap<String, u64>>;
 pub(crate) fn timers(board: &Board) -> TimerStats {
     let mut all = TimerStats::new();
     let regions = board.ports.regions().chain(board.mmio.regions());
-    for (_, device) in regions.filter(|(_, device)| ["pit", "rtc", "hpet", "lapic"].contains(&device.name())) {
+    for (_, device) in regions.filter(|(_, device)| ["pit", "rtc", "hpet", "lapic"].contains(&device.name()))
+    {
         for (name, value) in device.inspect() {
             if let Some((timer, counter)) = name.rsplit_once('/')
                 && let Ok(value) = value.parse()
             {
-                all.entry(format!("{}.{timer}", device.name())).or_default().insert(counter.to_owned(), value);
+                all.entry(format!("{}.{timer}", device.name()))
+                    .or_default()
+                    .insert(counter.to_owned(), value);
             }
         }
     }

@@ -1,6 +1,7 @@
 use super::{Common, Patient, Turn, step};
+use crate::accounts::Phase;
 use crate::verdict::Verdict;
-use wardian_time::Nanos;
+use wardian_time::{Nanos, host_ticks};
 
 const S: u64 = 1_000_000_000;
 
@@ -53,4 +54,29 @@ fn a_window_is_as_long_as_asked_for_and_no_longer_than_needed() {
     patient.look(&slot, &common, window);
     let w = patient.window(window).expect("a window");
     assert_eq!((w.span_ns, w.stopped_ns), (40 * S, 40 * S));
+}
+
+#[test]
+fn a_pause_excuses_late_timers_and_a_moved_clock() {
+    let (mut patient, window) = (Patient::default(), Nanos(3 * S));
+    let slot = crate::tests::idle_slot();
+    slot.account.enter(Phase::Halted, host_ticks());
+    let mut common = Common::default();
+    let mut beat = |patient: &mut Patient, fault: bool| {
+        common.at = Nanos(common.at.0 + S);
+        common.beat.since = Nanos(S);
+        common.timer_late = Nanos(if fault { 5 * S } else { 0 });
+        common.clock_step = common.timer_late;
+        patient.look(&slot, &common, window);
+        patient.window(window).map(|w| (w.timer_late_ns, w.clock_step_ns))
+    };
+    for _ in 0..4 {
+        beat(&mut patient, false);
+    }
+    slot.account.enter(Phase::Resting, host_ticks());
+    std::thread::sleep(std::time::Duration::from_millis(1));
+    slot.account.enter(Phase::Halted, host_ticks());
+    assert_eq!(beat(&mut patient, true), Some((0, 0)));
+    assert_eq!(beat(&mut patient, false), Some((0, 0)));
+    assert_eq!(beat(&mut patient, true), Some((5 * S, 5 * S)));
 }
