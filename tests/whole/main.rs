@@ -5,6 +5,7 @@ mod boots;
 mod disks;
 mod gdb;
 mod input;
+mod pauses;
 mod terminal;
 mod tiny;
 mod userland;

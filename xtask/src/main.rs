@@ -9,6 +9,7 @@
 mod bench;
 mod guest;
 mod guests;
+mod lockup;
 mod run;
 mod start;
 mod stress;
@@ -33,6 +34,8 @@ enum Command {
     Guest(guest::Args),
     /// Build the bare-metal guests of guests/ into target/guests.
     Guests(guests::Args),
+    /// What makes a guest complain of lockups, and whether the doctor knows why.
+    Lockup(lockup::Args),
     /// Do the same many times over, to find what fails only now and then.
     Stress(stress::Args),
     /// Boot a stock guest to a shell on this terminal.
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::main(&args),
         Command::Guest(args) => guest::main(&args),
         Command::Guests(args) => guests::main(&args),
+        Command::Lockup(args) => lockup::main(&args),
         Command::Stress(args) => stress::main(&args),
         Command::Run(args) => start::main(&args),
         Command::Test(args) => test::main(&args),

@@ -1,14 +1,17 @@
 //! Whether the whole process was stopped: by SIGSTOP, by a suspended host, by a host that hardly runs it.
 //!
-//! One thread of the machine beats once a second. Whoever finds that the last beat is long past while the
-//! process used no processor knows that nothing of it ran: to the guest, time has jumped.
+//! One thread of the machine beats once a second. Whoever finds that the last beat is long past, and that the
+//! process used no more CPU time than before that beat was missed, takes it that nothing of it ran: to the guest,
+//! time has jumped. The thread that beats knows it for sure: it was late, and not for want of a processor.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{Nanos, host};
+use crate::{Nanos, RunDelay, host};
 
-/// The longest silence between two beats that are a second apart in a process that runs.
-const SILENCE: Nanos = Nanos(1_500_000_000);
+/// From beat to beat.
+const BEAT: Nanos = Nanos(1_000_000_000);
+/// How late a beat may be in a process that runs.
+const LATE: Nanos = Nanos(500_000_000);
 
 /// The shared side: the time of the last beat and the number of stops.
 #[derive(Debug)]
@@ -18,7 +21,10 @@ pub struct Pulse {
     /// CPU time of the process then.
     used: AtomicU64,
     stops: AtomicU64,
+    /// Ticks without a beat that are too many.
     silence: u64,
+    /// CPU time that the process can use from beat to beat.
+    usable: Nanos,
 }
 
 impl Pulse {
@@ -27,7 +33,10 @@ impl Pulse {
             last: AtomicU64::new(0),
             used: AtomicU64::new(0),
             stops: AtomicU64::new(0),
-            silence: SILENCE.to_ticks(host::tsc_hz()),
+            silence: BEAT.saturating_add(LATE).to_ticks(host::tsc_hz()),
+            usable: Nanos(
+                std::thread::available_parallelism().map_or(1, |n| n.get() as u64) * BEAT.0 / 10 * 11,
+            ),
         }
     }
 
@@ -37,16 +46,15 @@ impl Pulse {
     pub fn stops(&self) -> u64 {
         let last = self.last.load(Ordering::Relaxed);
         if last != 0 && host::tsc().wrapping_sub(last) as i64 > self.silence as i64 {
-            self.silent(last);
+            self.silent();
         }
         self.stops.load(Ordering::Acquire)
     }
 
     #[cold]
-    fn silent(&self, last: u64) {
+    fn silent(&self) {
         let (now, used) = (host::tsc(), host::cpu_time());
-        let since = host::ticks_to_nanos(now.wrapping_sub(last));
-        if was_stopped(since, used.saturating_sub(Nanos(self.used.load(Ordering::Relaxed)))) {
+        if used.saturating_sub(Nanos(self.used.load(Ordering::Relaxed))) <= self.usable {
             // Before the beat, so that who sees the new beat sees the new number.
             self.stops.fetch_add(1, Ordering::AcqRel);
         }
@@ -69,10 +77,10 @@ impl Pulse {
     }
 }
 
-/// Whether a process that used the processors for `used` of the last `since` was stopped, rather than that
-/// the thread which beats came late.
-fn was_stopped(since: Nanos, used: Nanos) -> bool {
-    since >= SILENCE && used.0 < since.0 / 10
+/// Whether the thread that beats, `since` after its last beat, was stopped, when for `delayed` of that it was only
+/// not run.
+fn was_stopped(since: Nanos, delayed: Nanos) -> bool {
+    since.saturating_sub(BEAT).saturating_sub(delayed) >= LATE
 }
 
 /// What happened between two beats.
@@ -90,74 +98,83 @@ pub struct Beat {
 #[derive(Debug)]
 pub struct Heart {
     ticks: u64,
-    used: Nanos,
+    delay: RunDelay,
+    delayed: Nanos,
     /// Boot clock less monotonic clock: how long the host was ever suspended.
     asleep: Nanos,
 }
 
 impl Heart {
-    /// Begins to beat.
+    /// Begins to beat, on this thread.
     #[must_use]
     pub fn start(pulse: &Pulse) -> Heart {
-        let heart = Heart { ticks: host::tsc(), used: host::cpu_time(), asleep: host::time_suspended() };
-        pulse.beat(heart.ticks, heart.used);
+        let delay = RunDelay::of_this_thread();
+        let delayed = delay.read();
+        let heart = Heart { ticks: host::tsc(), delay, delayed, asleep: host::time_suspended() };
+        pulse.beat(heart.ticks, host::cpu_time());
         heart
     }
 
     /// Beats: call it once a second.
     pub fn beat(&mut self, pulse: &Pulse) -> Beat {
-        let now = Heart { ticks: host::tsc(), used: host::cpu_time(), asleep: host::time_suspended() };
-        let since = host::ticks_to_nanos(now.ticks.wrapping_sub(self.ticks));
-        let suspended = now.asleep.saturating_sub(self.asleep);
+        let (ticks, delayed, asleep) = (host::tsc(), self.delay.read(), host::time_suspended());
+        let since = host::ticks_to_nanos(ticks.wrapping_sub(self.ticks));
+        let suspended = asleep.saturating_sub(self.asleep);
         // The two clocks are read one after the other.
         let suspended = if suspended < Nanos(500_000_000) { Nanos(0) } else { suspended };
-        let stopped = suspended.0 != 0 || was_stopped(since, now.used.saturating_sub(self.used));
+        let stopped = suspended.0 != 0 || was_stopped(since, delayed.saturating_sub(self.delayed));
         if stopped {
             pulse.count();
         }
-        pulse.beat(now.ticks, now.used);
-        *self = now;
+        pulse.beat(ticks, host::cpu_time());
+        (self.ticks, self.delayed, self.asleep) = (ticks, delayed, asleep);
         Beat { since, suspended, stopped }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Heart, Pulse, SILENCE, was_stopped};
+    use super::{BEAT, Heart, LATE, Pulse, was_stopped};
     use crate::{Nanos, host};
+
+    const S: u64 = 1_000_000_000;
 
     #[test]
     fn a_late_beat_is_no_stop_and_a_silent_process_is() {
-        let long = Nanos(30_000_000_000);
-        for (since, used, stopped) in [
-            (Nanos(1_000_000_000), Nanos(0), false),
-            (SILENCE, Nanos(0), true),
-            (long, Nanos(100_000), true),
-            (long, Nanos(2_900_000_000), true),
-            (long, Nanos(3_000_000_000), false),
-            (Nanos(2_000_000_000), Nanos(1_900_000_000), false),
+        for (since, delayed, stopped) in [
+            (BEAT, 0, false),
+            (Nanos(BEAT.0 + LATE.0), 0, true),
+            (Nanos(BEAT.0 + LATE.0), 1, false),
+            (Nanos(30 * S), 0, true),
+            (Nanos(30 * S), 10 * S, true),
+            (Nanos(30 * S), 29 * S, false),
         ] {
-            assert_eq!(was_stopped(since, used), stopped, "{since:?} {used:?}");
+            assert_eq!(was_stopped(since, Nanos(delayed)), stopped, "{since:?} {delayed}");
         }
     }
 
     #[test]
     fn a_stop_is_seen_by_everybody_once_it_is_over() {
-        let pulse = Pulse::new();
+        let mut pulse = Pulse::new();
         assert_eq!(pulse.stops(), 0, "nobody beats");
         let mut heart = Heart::start(&pulse);
         assert_eq!(pulse.stops(), 0);
-        // As if nothing of the process had run since the machine was booted.
-        let long_ago = host::tsc() - Nanos(5_000_000_000).to_ticks(host::tsc_hz());
-        pulse.beat(long_ago, host::cpu_time());
+        // As if nothing of the process had run for 5 s.
+        let long_ago = || host::tsc() - Nanos(5 * S).to_ticks(host::tsc_hz());
+        pulse.beat(long_ago(), host::cpu_time());
         assert_eq!(pulse.stops(), 1);
         assert_eq!(pulse.stops(), 1, "once");
-        (heart.ticks, heart.used) = (long_ago, host::cpu_time());
+        // The process computed all the time: it is the beat that is late.
+        let usable = std::mem::replace(&mut pulse.usable, Nanos(0));
+        pulse.beat(long_ago(), Nanos(0));
+        assert_eq!(pulse.stops(), 1);
+        pulse.usable = usable;
+        heart.ticks = long_ago();
         let beat = heart.beat(&pulse);
-        assert!(beat.stopped && beat.since >= Nanos(5_000_000_000), "{beat:?}");
+        assert!(beat.stopped && beat.since >= Nanos(5 * S), "{beat:?}");
         assert_eq!(pulse.stops(), 2);
         assert!(!heart.beat(&pulse).stopped);
-        pulse.beat(long_ago, Nanos(0));
+        pulse.beat(long_ago(), host::cpu_time());
         pulse.still();
         assert_eq!(pulse.stops(), 2);
     }

@@ -8,6 +8,7 @@ mod archive;
 mod initrd;
 mod kernel;
 mod root;
+pub mod spin;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
