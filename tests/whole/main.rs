@@ -6,6 +6,7 @@ mod disks;
 mod gdb;
 mod input;
 mod pauses;
+mod stolen;
 mod terminal;
 mod tiny;
 mod userland;

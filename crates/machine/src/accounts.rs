@@ -39,6 +39,8 @@ pub(crate) struct Account {
     /// The longest exit since somebody asked: ticks, the low bits are its kind.
     longest: AtomicU64,
     thread: OnceLock<RunDelay>,
+    /// What it says once the thread has ended.
+    last: OnceLock<ThreadTime>,
     /// Somebody wants a glance.
     wanted: AtomicBool,
     glance: Mutex<Option<Glance>>,
@@ -53,6 +55,7 @@ impl Default for Account {
             since: AtomicU64::new(host_ticks() & !(PHASE | CHANGING) | Phase::Resting as u64),
             longest: AtomicU64::new(0),
             thread: OnceLock::new(),
+            last: OnceLock::new(),
             wanted: AtomicBool::new(false),
             glance: Mutex::new(None),
             open: AtomicBool::new(false),
@@ -76,6 +79,14 @@ impl Account {
     /// Called by the vCPU's thread, first of all.
     pub(crate) fn begin(&self) {
         self.thread.get_or_init(RunDelay::of_this_thread);
+    }
+
+    /// Called by the vCPU's thread, last of all.
+    pub(crate) fn end(&self) {
+        self.enter(Phase::Resting, host_ticks());
+        if let Some(times) = self.thread.get().and_then(RunDelay::times) {
+            self.last.get_or_init(|| times);
+        }
     }
 
     /// The vCPU's thread is at `phase` from `now` on, in host ticks.
@@ -161,7 +172,7 @@ impl Account {
             spent: spent.map(ticks_to_nanos),
             phase: Some(phase),
             stretch: ticks_to_nanos(stretch),
-            thread: self.thread.get().and_then(RunDelay::times),
+            thread: self.last.get().copied().or_else(|| self.thread.get().and_then(RunDelay::times)),
         }
     }
 
@@ -231,13 +242,14 @@ mod tests {
         account.enter(Phase::Halted, begin + 8_800_000);
         // Time that seems to run back (the clocks of two processors) adds nothing.
         account.enter(Phase::Guest, begin + 8_000);
+        account.end();
+        assert!(account.read().thread == account.last.get().copied());
         let reading = account.read();
         let spent = |phase: Phase| reading.spent[phase as usize];
         assert!(spent(Phase::Exit).0.abs_diff(ticks_to_nanos(800_000).0) < 100);
         assert!(spent(Phase::Guest) >= ticks_to_nanos(7_999_000));
         assert!(spent(Phase::Halted) < Nanos(100));
-        assert_eq!(reading.phase, Some(Phase::Guest));
-        assert!(reading.thread.is_none_or(|thread| thread.ran.0 > 0));
+        assert_eq!(reading.phase, Some(Phase::Resting));
     }
 
     #[test]

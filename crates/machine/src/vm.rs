@@ -190,6 +190,7 @@ impl Vm {
             release: &|index| self.release(&|n| n == index),
         };
         run_loop(&self.slots[index], &around);
+        self.slots[index].account.end();
     }
 
     /// Ends all threads, waits for them and drops the devices. Guest time stands still then.
