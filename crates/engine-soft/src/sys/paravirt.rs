@@ -59,7 +59,12 @@ pub(crate) fn update_clock(core: &Core, stopped: bool) {
     }
 }
 
-/// Adds `stolen` to the steal-time record and marks the vCPU as running.
+/// Adds `stolen` to the steal-time record.
+///
+/// Its `preempted` flag is never set. KVM sets it whenever the vCPU's thread leaves the processor, also to sleep in
+/// HLT. A process learns of the former too late, and the latter does harm: to Linux a vCPU that is preempted is no
+/// idle one (`available_idle_cpu`), so woken tasks are not given to it. Without PV spin locks and PV TLB flushes,
+/// which are not offered, nothing else depends on it but how long a lock is spun for.
 fn update_steal(core: &Core, stolen: Nanos) {
     let msr = core.sys.pv_steal_time;
     if msr & 1 == 0 {
