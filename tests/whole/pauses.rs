@@ -30,10 +30,10 @@ fn rings(file: &Path) -> Vec<Ring> {
     text.lines().filter_map(ring).collect()
 }
 
-/// What the machine did: the host's time and the guest's wall-clock time over the rest, and its events.
+/// What became of the clocks over the rest, and what happened by the machine's events.
 struct Rested {
-    host: i64,
-    guest: i64,
+    /// How far the guest's wall clock fell behind the host's, in nanoseconds.
+    lost: i64,
     events: Vec<serde_json::Value>,
 }
 
@@ -77,25 +77,28 @@ fn rest(policy: &str, signals: [Signal; 2]) -> Result<Rested, String> {
     let ended: Ended = running.end();
     assert_eq!(ended.value("backwards"), "0", "of {} readings", ended.value("readings"));
     let rings = rings(&bell);
-    let (before, after) = rings
-        .windows(2)
-        .map(|pair| (&pair[0], &pair[1]))
-        .max_by_key(|(before, after)| after.raw - before.raw)
-        .expect("rings");
+    let gap = |at: &usize| rings[*at].raw - rings[at - 1].raw;
+    let first = (1..rings.len()).max_by_key(gap).expect("rings");
+    // A busy host heeds one signal later than the other.
+    assert!(gap(&first) >= REST.as_nanos() as i64 / 2, "{} ns", gap(&first));
+    // Between a reading and its ring the host may run something else: the quickest of some count.
+    let behind = |rings: &[Ring]| rings.iter().map(|ring| ring.raw - ring.wall).min().expect("rings");
+    let (before, after) = rings.split_at(first);
+    let (before, after) = (&before[before.len().saturating_sub(100)..], &after[..after.len().min(100)]);
+    let lost = behind(after) - behind(before);
     let text = std::fs::read_to_string(&events).map_err(|e| e.to_string())?;
     let events = text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
-    let rested = Rested { host: after.raw - before.raw, guest: after.wall - before.wall, events };
-    assert!(rested.host >= REST.as_nanos() as i64, "{} ns", rested.host);
     well_ended(&ended);
-    Ok(rested)
+    Ok(Rested { lost, events })
 }
 
 #[test]
 fn a_pause_that_advances_keeps_the_hosts_time() {
     let rested = or_skip!(rest("advance", [Signal::USR1, Signal::USR2]));
-    assert!((rested.host - rested.guest).abs() < MS, "host {} ns, guest {} ns", rested.host, rested.guest);
+    assert!(rested.lost.abs() < MS, "{} ns", rested.lost);
     let moved = rested.event("resumed")["guest_moved_ns"].as_i64().expect("a number");
-    assert!(moved > REST.as_nanos() as i64 - 100 * MS, "{moved}");
+    let paused = rested.event("resumed")["paused_ns"].as_i64().expect("a number");
+    assert!((moved - paused).abs() < MS, "moved by {moved} ns for {paused} ns");
     assert!(rested.causes().iter().all(|cause| ["paused", "steal"].contains(cause)), "{:?}", rested.events);
 }
 
@@ -103,16 +106,15 @@ fn a_pause_that_advances_keeps_the_hosts_time() {
 fn a_pause_that_freezes_is_lost_exactly() {
     let rested = or_skip!(rest("freeze", [Signal::USR1, Signal::USR2]));
     let paused = rested.event("resumed")["paused_ns"].as_i64().expect("a number");
-    let lost = rested.host - rested.guest;
-    assert!((lost - paused).abs() < MS, "lost {lost} ns of a pause of {paused} ns");
+    assert!((rested.lost - paused).abs() < MS, "lost {} ns of a pause of {paused} ns", rested.lost);
     assert_eq!(rested.event("resumed")["guest_moved_ns"], 0);
 }
 
 #[test]
 fn a_stopped_process_keeps_the_hosts_time_and_its_guest_is_told() {
     let rested = or_skip!(rest("freeze", [Signal::STOP, Signal::CONT]));
-    assert!((rested.host - rested.guest).abs() < MS, "host {} ns, guest {} ns", rested.host, rested.guest);
+    assert!(rested.lost.abs() < MS, "{} ns", rested.lost);
     let stopped = rested.event("stopped")["stopped_ns"].as_i64().expect("a number");
-    assert!(stopped >= REST.as_nanos() as i64, "{stopped}");
+    assert!(stopped >= REST.as_nanos() as i64 / 2, "{stopped}");
     assert!(rested.causes().iter().all(|cause| ["stopped", "steal"].contains(cause)), "{:?}", rested.events);
 }

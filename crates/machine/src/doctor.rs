@@ -119,7 +119,7 @@ impl Doctor<'_> {
             if !follows {
                 base.pulse().still();
             }
-            let gone = beat.since.saturating_add(beat.suspended);
+            let gone = beat.elapsed();
             if beat.stopped {
                 self.tell_stop(gone, beat.suspended);
                 common.stopped = common.stopped.saturating_add(gone);

@@ -86,12 +86,21 @@ fn was_stopped(since: Nanos, delayed: Nanos) -> bool {
 /// What happened between two beats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Beat {
-    /// Host time since the last beat, without time in which the host was suspended.
+    /// Time since the last beat by the host's time-stamp counter, which may or may not run while the host is
+    /// suspended.
     pub since: Nanos,
     /// Time in which the host was suspended.
     pub suspended: Nanos,
     /// The process was stopped in between.
     pub stopped: bool,
+}
+
+impl Beat {
+    /// Real time since the last beat.
+    #[must_use]
+    pub fn elapsed(&self) -> Nanos {
+        if self.since > self.suspended { self.since } else { self.since.saturating_add(self.suspended) }
+    }
 }
 
 /// The side of the thread that beats.
@@ -118,7 +127,8 @@ impl Heart {
     /// Beats: call it once a second.
     pub fn beat(&mut self, pulse: &Pulse) -> Beat {
         let (ticks, delayed, asleep) = (host::tsc(), self.delay.read(), host::time_suspended());
-        let since = host::ticks_to_nanos(ticks.wrapping_sub(self.ticks));
+        // A counter that starts anew with the host does not run back for long.
+        let since = host::ticks_to_nanos(ticks.saturating_sub(self.ticks));
         let suspended = asleep.saturating_sub(self.asleep);
         // The two clocks are read one after the other.
         let suspended = if suspended < Nanos(500_000_000) { Nanos(0) } else { suspended };
@@ -134,7 +144,7 @@ impl Heart {
 
 #[cfg(test)]
 mod tests {
-    use super::{BEAT, Heart, LATE, Pulse, was_stopped};
+    use super::{BEAT, Beat, Heart, LATE, Pulse, was_stopped};
     use crate::{Nanos, host};
 
     const S: u64 = 1_000_000_000;
@@ -151,6 +161,18 @@ mod tests {
         ] {
             assert_eq!(was_stopped(since, Nanos(delayed)), stopped, "{since:?} {delayed}");
         }
+    }
+
+    #[test]
+    fn suspended_time_is_counted_once() {
+        let beat = |since: u64, suspended: u64| Beat {
+            since: Nanos(since * S),
+            suspended: Nanos(suspended * S),
+            stopped: true,
+        };
+        assert_eq!(beat(61, 60).elapsed(), Nanos(61 * S), "the counter ran on");
+        assert_eq!(beat(1, 60).elapsed(), Nanos(61 * S), "it did not");
+        assert_eq!(beat(1, 0).elapsed(), Nanos(S));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::throttle::Throttle;
 use crate::bench::vm::{Guest, run_parameter};
 use crate::guest::spin::Module;
 
@@ -50,6 +51,8 @@ pub struct Machine {
     readers: Vec<JoinHandle<()>>,
     events: PathBuf,
     log: PathBuf,
+    /// The cgroup that the process is in; it goes after the process.
+    pub throttle: Option<Throttle>,
 }
 
 /// The guest is ready for what comes.
@@ -91,7 +94,8 @@ impl Makings {
         readers.extend(out.map(|out| std::thread::spawn(move || of_out.read(out))));
         let of_err = Arc::clone(&console);
         readers.extend(err.map(|err| std::thread::spawn(move || of_err.read(err))));
-        let mut machine = Machine { name: name.to_owned(), child, console, readers, events, log };
+        let name = name.to_owned();
+        let mut machine = Machine { name, child, console, readers, events, log, throttle: None };
         machine.wait_for(READY, Duration::from_secs(60))?;
         Ok(machine)
     }

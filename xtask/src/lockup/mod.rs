@@ -33,7 +33,7 @@ pub struct Args {
     /// Only these cells [default: all].
     #[arg(long, value_name = "CELL,...", value_enum, value_delimiter = ',')]
     cells: Vec<Cell>,
-    /// Minutes of overcommit [default: 10; quick: a quarter].
+    /// Minutes of overcommit [default: 10; quick: 0.2].
     #[arg(long, value_name = "N")]
     minutes: Option<f64>,
     /// Where results go [default: target/lab/lockup].
@@ -127,7 +127,7 @@ pub fn main(args: &Args) -> Result<()> {
         out: out.clone(),
         quick: args.quick,
     };
-    let minutes = args.minutes.unwrap_or(if args.quick { 0.25 } else { 10.0 });
+    let minutes = args.minutes.unwrap_or(if args.quick { 0.2 } else { 10.0 });
     let cells = if args.cells.is_empty() { &ALL[..] } else { &args.cells };
     let mut outcomes = Vec::new();
     for cell in cells {
@@ -148,7 +148,7 @@ pub fn main(args: &Args) -> Result<()> {
 fn run(makings: &Makings, cell: Cell, overcommit: Duration) -> Outcome {
     let (long, spin) = if makings.quick { (6, 7) } else { (30, 25) };
     // The watchdogs and the doctor have had their say after so long.
-    let settle = Duration::from_secs(if makings.quick { 5 } else { 25 });
+    let settle = Duration::from_secs(if makings.quick { 4 } else { 25 });
     let long = Duration::from_secs(long);
     let done = match cell {
         Cell::Pause => one(makings, cell, true, "", |machine| {
@@ -164,6 +164,7 @@ fn run(makings: &Makings, cell: Cell, overcommit: Duration) -> Outcome {
         Cell::Throttle => one(makings, cell, true, "", |machine| {
             let throttle = Throttle::share(Duration::from_millis(100), 0.05)?;
             throttle.add(machine.id())?;
+            let throttle = machine.throttle.insert(throttle);
             sleep(long * 2);
             throttle.lift()
         }),
