@@ -319,6 +319,23 @@ impl Core {
         Ok(())
     }
 
+    /// Asks to be run again alone, unless it is so already or the `len` bytes at `linear` are not all RAM.
+    ///
+    /// # Errors
+    /// [`Trap::Alone`], and #PF.
+    pub fn need_alone(&mut self, linear: u64, len: usize) -> Result<()> {
+        if self.alone {
+            return Ok(());
+        }
+        for at in [linear, self.wrap(linear, len - 1)] {
+            let t = self.walk(at, Want::Write, Privilege::Current)?;
+            if self.mem.page(Gpa(t.gpa)).is_none() {
+                return Ok(());
+            }
+        }
+        Err(Trap::Alone)
+    }
+
     /// Writes linear memory; checks every page before it writes the first byte.
     ///
     /// # Errors
@@ -422,6 +439,9 @@ impl Core {
         let mut gpa = [t.gpa, 0];
         if first < size {
             gpa[1] = self.walk(self.wrap(linear, first), want, Privilege::Current)?.gpa;
+            if read && write && !self.alone && gpa.iter().all(|gpa| self.mem.page(Gpa(*gpa)).is_some()) {
+                return Err(Trap::Alone);
+            }
         }
         let offset = (linear & 0xfff) as usize; // keeps the alignment; the buffer is two pages long
         let mut data = [0u8; 512];
@@ -515,6 +535,12 @@ impl Core {
 
     /// Finishes the write that [`Slow::Commit`] announced. Says whether translated code must be left.
     pub fn finish_write(&mut self) -> bool {
+        let leave = self.commit_write();
+        self.end_alone();
+        leave
+    }
+
+    fn commit_write(&mut self) -> bool {
         let Some(commit) = self.commit.take() else { return false };
         match commit.bounce {
             None => self.mem.stored(Gpa(commit.gpa[0]), commit.len),

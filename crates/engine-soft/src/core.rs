@@ -118,6 +118,8 @@ pub struct Core {
     pub watch: Vec<(u64, u64, bool, bool)>,
     /// A watched access happened in the current instruction: DR6 bits (B0-B3), or bit 63 for the debugger's.
     pub watch_hit: u64,
+    /// No other vCPU runs guest code until this one has completed its instruction.
+    pub alone: bool,
     /// Address of the last watched access.
     pub watch_address: u64,
     pub counters: Counters,
@@ -370,6 +372,7 @@ impl Core {
             mode_dirty: true,
             watch: Vec::new(),
             watch_hit: 0,
+            alone: false,
             watch_address: 0,
             counters: Counters::default(),
             shared,
@@ -387,6 +390,21 @@ impl Core {
         let shared = Arc::new(Shared::default());
         let mailbox = shared.join();
         Core::build(parts, 0, shared, mailbox).unwrap()
+    }
+
+    /// No other vCPU runs guest code from now on.
+    pub fn begin_alone(&mut self) {
+        if !self.alone {
+            self.shared.begin_alone(&self.mailbox);
+            self.alone = true;
+        }
+    }
+
+    /// The others go on, if they were stopped.
+    pub fn end_alone(&mut self) {
+        if std::mem::take(&mut self.alone) {
+            self.shared.end_alone();
+        }
     }
 
     /// Marks bytes of a RAM page as translated: nobody may write them unnoticed from now on.

@@ -24,6 +24,7 @@ mod ctx;
 mod decode;
 mod emit;
 mod evex;
+mod exclusive;
 mod fpu;
 mod mmu;
 mod mode;

@@ -1,12 +1,13 @@
 //! What the vCPUs of one machine tell each other: code that was written, pages that became code, kicks.
 //!
-//! No vCPU ever waits for another. When a vCPU translates from a page for the first time it asks the others to give
+//! No vCPU ever waits for another, but for the rare one that must be [alone](crate::exclusive). When a vCPU translates from a page for the first time it asks the others to give
 //! up write entries for it; one that still had such an entry answers by declaring the page written, so a store that
 //! slipped in between costs a re-translation and is never missed.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::exclusive::{Exclusive, Presence};
 use wardian_irq::Kick;
 use wardian_memory::CodeListener;
 
@@ -16,6 +17,9 @@ pub const REQUESTS: u32 = 1;
 pub const KICKED: u32 = 2;
 /// Attention bit: the vCPU itself wants to look at its interrupts again.
 pub const RECHECK: u32 = 4;
+
+/// Attention bit: another vCPU wants to be alone.
+pub const STOP: u32 = 8;
 
 /// Requests kept for a vCPU that sleeps, before they become [`Request::Everything`].
 const KEPT: usize = 4096;
@@ -43,11 +47,14 @@ struct Letters {
 
 /// One vCPU's mailbox. Its lock is a leaf.
 #[derive(Debug, Default)]
-pub struct Mailbox(Mutex<Letters>);
+pub struct Mailbox {
+    letters: Mutex<Letters>,
+    presence: Presence,
+}
 
 impl Mailbox {
     fn lock(&self) -> std::sync::MutexGuard<'_, Letters> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.letters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn signal(letters: &Letters, bit: u32) {
@@ -91,6 +98,7 @@ impl Kick for Mailbox {
 #[derive(Debug, Default)]
 pub struct Shared {
     boxes: Mutex<Vec<Arc<Mailbox>>>,
+    exclusive: Exclusive,
 }
 
 impl Shared {
@@ -99,6 +107,34 @@ impl Shared {
         let mailbox = Arc::new(Mailbox::default());
         self.boxes.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&mailbox));
         mailbox
+    }
+
+    fn others(&self, own: &Arc<Mailbox>) -> Vec<Arc<Mailbox>> {
+        let boxes = self.boxes.lock().unwrap_or_else(PoisonError::into_inner);
+        boxes.iter().filter(|mailbox| !Arc::ptr_eq(own, mailbox)).cloned().collect()
+    }
+
+    /// The vCPU goes into guest code; waits while another is alone there.
+    pub fn enter(&self, own: &Mailbox) {
+        self.exclusive.enter(&own.presence);
+    }
+
+    /// The vCPU leaves guest code.
+    pub fn leave(&self, own: &Mailbox) {
+        self.exclusive.leave(&own.presence);
+    }
+
+    /// The vCPU is alone in guest code from now on, until [`Shared::end_alone`].
+    pub fn begin_alone(&self, own: &Arc<Mailbox>) {
+        let others = self.others(own);
+        let ask = || others.iter().for_each(|mailbox| Mailbox::signal(&mailbox.lock(), STOP));
+        let inside = || others.iter().any(|mailbox| mailbox.presence.is_inside());
+        self.exclusive.begin(&own.presence, ask, inside);
+    }
+
+    /// The others go on.
+    pub fn end_alone(&self) {
+        self.exclusive.end();
     }
 
     /// Posts to everybody, or to everybody but `except`.

@@ -22,6 +22,8 @@ pub enum Trap {
     Exception(Exception),
     /// The instruction needs an answer from the machine and is run again with it.
     Exit(Exit),
+    /// The instruction is to be run again while no other vCPU runs guest code.
+    Alone,
     /// The machine must reset: no handler could be reached.
     TripleFault,
 }

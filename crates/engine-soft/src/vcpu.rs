@@ -17,7 +17,7 @@ use crate::core::Core;
 use crate::ctx::{Leave, RBP_BIAS, VIEWS};
 use crate::decode::{Class, CodeTable};
 use crate::mode::Mode;
-use crate::shared::{KICKED, Mailbox, RECHECK, REQUESTS, Request, Shared};
+use crate::shared::{KICKED, Mailbox, RECHECK, REQUESTS, Request, STOP, Shared};
 use crate::signals::{self, Running};
 use crate::sys::{self, Event};
 use crate::translate::{Translator, gated, treatment};
@@ -133,6 +133,10 @@ impl SoftVcpu {
             self.serve_mailbox();
         }
         self.kicked |= bits & KICKED != 0;
+        if bits & STOP != 0 {
+            self.shared.leave(&self.mailbox);
+            self.shared.enter(&self.mailbox);
+        }
     }
 
     /// Takes what the local APIC has for this vCPU.
@@ -367,6 +371,10 @@ impl SoftVcpu {
                 self.core.counters.exceptions += 1;
                 sys::deliver(&mut self.core, Event::Exception(exception)).err().map(|_| self.shutdown())
             }
+            Err(Trap::Alone) => {
+                self.core.begin_alone();
+                None
+            }
             Err(Trap::TripleFault) => Some(self.shutdown()),
         }
     }
@@ -412,7 +420,7 @@ impl SoftVcpu {
                 self.core.sys.activity = Activity::Halted;
                 continue;
             }
-            let resuming = !self.core.journal.is_empty();
+            let resuming = !self.core.journal.is_empty() || self.core.alone;
             if !resuming {
                 self.attention();
                 if self.events().is_err() {
@@ -435,7 +443,12 @@ impl SoftVcpu {
                     Some(exit) => return exit.unwrap_or(Exit::Interrupted),
                 }
             }
-            if let Some(exit) = self.step(resuming) {
+            let alone = self.core.alone;
+            let exit = self.step(resuming);
+            if alone {
+                self.core.end_alone();
+            }
+            if let Some(exit) = exit {
                 return exit;
             }
         }
@@ -580,7 +593,10 @@ impl Vcpu for SoftVcpu {
             leave: self.translator.code.exec(self.translator.thunks.leave[Leave::HostFault as usize]),
         }));
         fpu::enter(&mut self.core);
+        self.shared.enter(&self.mailbox);
         let exit = self.go();
+        self.core.end_alone();
+        self.shared.leave(&self.mailbox);
         fpu::leave(&mut self.core);
         signals::set_running(None);
         self.core.counters.exits += 1;

@@ -83,6 +83,7 @@ control!(cr4, set_cr4, "cr4");
 control!(cr8, set_cr8, "cr8");
 control!(dr0, set_dr0, "dr0");
 control!(dr1, set_dr1, "dr1");
+control!(dr2, set_dr2, "dr2");
 control!(dr6, set_dr6, "dr6");
 control!(dr7, set_dr7, "dr7");
 

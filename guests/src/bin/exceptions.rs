@@ -57,6 +57,10 @@ snippet!(to_cr8, to_cr8_at, "", "mov cr8, rdi");
 snippet!(to_dr7, to_dr7_at, "", "mov dr7, rdi");
 snippet!(to_dr4, to_dr4_at, "", ".byte 0x0f, 0x23, 0xe7");
 snippet!(from_dr0, from_dr0_at, "", "mov rax, dr0");
+snippet!(out_port, out_port_at, "mov edx, edi; xor eax, eax", "out dx, al");
+snippet!(out_port32, out_port32_at, "mov edx, edi; xor eax, eax", "out dx, eax");
+snippet!(in_port, in_port_at, "mov edx, edi", "in al, dx");
+snippet!(rep_out, rep_out_at, "mov edx, edi; lea rsi, [rip + 2f]; mov ecx, 3; 2:", "rep outsb");
 snippet!(write_efer, write_efer_at, "mov rax, rdi; xor edx, edx; mov ecx, 0xc0000080", "wrmsr");
 snippet!(
     write_lstar,
@@ -608,12 +612,41 @@ fn debug() {
     check("RF passes a code breakpoint", catch(quiet, 0).is_none());
     eq("hit once", 1, HITS.get());
     trap::handle(1, None);
+    io_breakpoints();
     // DR6 first: general detect would stop that as well.
     clear();
     cpu::set_dr7(0x400 | 1 << 13);
     kernel("#DB general detect", from_dr0, 0, 1, NO_ERROR, At(&from_dr0_at));
     eq("DR6.BD", 0x2000, dr6());
     cpu::set_dr7(0x400);
+    clear();
+}
+
+/// Port 80h is written by firmware to show how far it came: nothing depends on it.
+fn io_breakpoints() {
+    const PORT: u64 = 0x80;
+    let clear = || cpu::set_dr6(0xffff_0ff0);
+    let cr4 = cpu::cr4();
+    cpu::set_dr2(PORT);
+    cpu::set_dr7(0x400 | 1 << 4 | 2 << 24);
+    clear();
+    check("without CR4.DE no I/O breakpoint", catch(out_port, PORT).is_none());
+    cpu::set_cr4(cr4 | 8);
+    kernel("#DB out", out_port, PORT, 1, NO_ERROR, Behind(&out_port_at));
+    eq("DR6.B2", 4, cpu::dr6() & 0xe00f);
+    clear();
+    kernel("#DB in", in_port, PORT, 1, NO_ERROR, Behind(&in_port_at));
+    check("no #DB at the next port", catch(out_port, PORT + 1).is_none());
+    kernel("#DB out of four bytes", out_port32, PORT - 2, 1, NO_ERROR, Behind(&out_port32_at));
+    let t = catch(rep_out, PORT);
+    expect("#DB rep outs", t, 1, NO_ERROR, At(&rep_out_at), None, false);
+    eq("one byte was written", 2, t.unwrap_or_default().frame.rcx);
+    cpu::set_dr7(0x400 | 1 << 4 | 6 << 24);
+    clear();
+    kernel("#DB out in a range of two", out_port, PORT + 1, 1, NO_ERROR, Behind(&out_port_at));
+    cpu::set_dr7(0x400);
+    check("no #DB when disabled", catch(out_port, PORT).is_none());
+    cpu::set_cr4(cr4);
     clear();
 }
 

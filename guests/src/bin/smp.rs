@@ -15,6 +15,8 @@ kit::guest!(main);
 
 const MAX: usize = smp::MAX;
 const ROUNDS: u64 = 20_000;
+/// Likewise, of what stops the world.
+const PAGE_ROUNDS: u64 = 2_000;
 
 const IPI: u8 = 0x90;
 const SHOOT: u8 = 0x91;
@@ -125,6 +127,8 @@ fn main() {
     eq("lock cmpxchg", all * ROUNDS, SUMS[1].load(SeqCst));
     eq("lock add of bytes", all * ROUNDS & 0xff, SUMS[2].load(SeqCst));
     eq("lock add over two cache lines", all * ROUNDS, split().0);
+    let over = all * PAGE_ROUNDS;
+    eq("lock add, xadd, cmpxchg over two pages", 3 * over | over << 32, over_pages().0);
     eq("lock btc", 0, BITS.load(SeqCst));
     eq("xchg as a lock", all * ROUNDS, PLAIN.get());
     // SAFETY: all are done.
@@ -305,8 +309,32 @@ fn split() -> (u64, *mut u64) {
     (unsafe { at.read_unaligned() }, at)
 }
 
+#[repr(align(4096))]
+struct Pages(#[allow(dead_code)] [u8; 8192]);
+static PAGES: Global<Pages> = Global::new(Pages([0; 8192]));
+
+/// Eight bytes of which four lie in the next page.
+fn over_pages() -> (u64, *mut u64) {
+    let at = (PAGES.addr() + 4092) as *mut u64;
+    // SAFETY: inside the array.
+    (unsafe { at.read_unaligned() }, at)
+}
+
 fn locked() {
     let at = split().1;
+    let over = over_pages().1;
+    for _ in 0..PAGE_ROUNDS {
+        // SAFETY: all of it is meant to be shared.
+        unsafe {
+            core::arch::asm!("lock add qword ptr [{}], 1", in(reg) over);
+            core::arch::asm!("lock add dword ptr [{} + 4], 1", in(reg) over);
+            core::arch::asm!("lock xadd [{}], {}", in(reg) over, inout(reg) 1u64 => _);
+            core::arch::asm!(
+                "mov rax, [{at}]", "2: lea {new}, [rax + 1]", "lock cmpxchg [{at}], {new}", "jnz 2b",
+                at = in(reg) over, new = out(reg) _, out("rax") _
+            );
+        }
+    }
     for i in 0..ROUNDS {
         // SAFETY: all of it is meant to be shared.
         unsafe {

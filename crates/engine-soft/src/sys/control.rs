@@ -344,6 +344,23 @@ pub(crate) fn code_breakpoint(core: &Core, n: usize) -> Option<u64> {
     (enabled && dr7 >> (16 + 4 * n) & 15 == 0).then(|| core.sys.dr[n])
 }
 
+/// DR6 bits of the I/O breakpoints that an access to `size` ports from `port` on meets (Intel SDM vol. 3B, 18.2.4,
+/// 18.2.5). Without CR4.DE there are none.
+pub(crate) fn io_breakpoints(core: &Core, port: u16, size: usize) -> u64 {
+    let dr7 = core.sys.dr7;
+    if dr7 & 0xff == 0 || core.sys.cr4 & cr4::DE == 0 {
+        return 0;
+    }
+    let hit = |n: &usize| {
+        let control = dr7 >> (16 + 4 * n) & 15;
+        let length = [1, 2, 8, 4][(control >> 2) as usize];
+        let start = core.sys.dr[*n] & !(length - 1);
+        let (first, last) = (u64::from(port), u64::from(port) + size as u64 - 1);
+        dr7 >> (2 * n) & 3 != 0 && control & 3 == 2 && start <= last && first < start.saturating_add(length)
+    };
+    (0..4).filter(hit).fold(0, |bits, n| bits | 1 << n)
+}
+
 /// Recomputes [`Core::watch`] from DR0-DR3 and DR7: its first four entries are theirs (empty ones watch nothing),
 /// the debugger's follow.
 pub(crate) fn update_watch(core: &mut Core) {

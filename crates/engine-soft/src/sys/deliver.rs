@@ -116,7 +116,8 @@ pub(crate) fn deliver(core: &mut Core, event: Event) -> std::result::Result<(), 
                 tracing::warn!(?exit, "The guest's IDT, GDT, TSS or stack is not in RAM");
                 return Err(TripleFault);
             }
-            Err(Trap::TripleFault) => return Err(TripleFault),
+            // (Nothing in a delivery asks to be alone.)
+            Err(Trap::Alone | Trap::TripleFault) => return Err(TripleFault),
         }
     }
     Err(TripleFault)

@@ -9,6 +9,7 @@ use iced_x86::{Code, Instruction, OpKind};
 use wardian_cpu::Exit;
 
 use super::advance;
+use super::control::io_breakpoints;
 use super::legacy::operand::{RAX, RCX, RDI, RDX, RSI, load, probe, set_sized, store};
 use super::string::{address_bytes, move_index};
 use crate::access::{segment_number, size_mask};
@@ -65,6 +66,7 @@ fn run(core: &mut Core, insn: &Instruction, op: &Op, size: usize) -> Result<()> 
         }
         Op::Ins | Op::Outs => return string(core, insn, matches!(op, Op::Ins), port, size),
     }
+    core.watch_hit |= io_breakpoints(core, port, size);
     advance(core, insn);
     Ok(())
 }
@@ -122,6 +124,7 @@ fn string(core: &mut Core, insn: &Instruction, input: bool, port: u16, size: usi
     if repeated {
         set_sized(core, RCX, address, left - 1);
     }
+    core.watch_hit |= io_breakpoints(core, port, size);
     if left == 1 {
         advance(core, insn);
     }

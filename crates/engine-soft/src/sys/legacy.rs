@@ -205,6 +205,7 @@ fn exchange16(core: &mut Core, insn: &Instruction) -> Result<()> {
         locked::exchange16(host, wanted, new)
     } else {
         probe(core, linear, 16)?;
+        core.need_alone(linear, 16)?;
         let mut bytes = [0u8; 16];
         core.read(linear, &mut bytes, Privilege::Current)?;
         let whole = u128::from_le_bytes(bytes);

@@ -141,6 +141,7 @@ pub(crate) fn complete(
                 seen.push(exit);
             }
             Err(Trap::Exception(exception)) => return Err(exception),
+            Err(Trap::Alone) => core.begin_alone(),
             Err(Trap::TripleFault) => panic!("triple fault"),
         }
     }

@@ -1,8 +1,9 @@
 //! Read-modify-write on memory, in general: the slow path of locked (and plain) instructions whose operand
 //! translated code cannot address directly.
 //!
-//! Within one page of plain RAM they are atomic (a compare-exchange loop on the host address); across pages, in
-//! device memory and in pages that hold translated code they are not.
+//! Within one page of plain RAM they are atomic by a compare-exchange loop on the host address; across pages and in
+//! pages that are watched or hold translated code, because no other vCPU runs guest code meanwhile. In device memory
+//! they are not.
 #![allow(unsafe_code)]
 
 use core::arch::asm;
@@ -93,6 +94,7 @@ pub(crate) fn update(
         }
     }
     probe(core, linear, size)?;
+    core.need_alone(linear, size)?;
     let old = load(core, linear, size)?;
     store(core, linear, size, change(old))?;
     Ok(old)
