@@ -9,11 +9,13 @@
 mod bench;
 mod guest;
 mod guests;
+mod lab;
 mod lockup;
 mod run;
 mod start;
 mod stress;
 mod test;
+mod throttle;
 
 use std::process::ExitCode;
 
@@ -36,6 +38,8 @@ enum Command {
     Guests(guests::Args),
     /// What makes a guest complain of lockups, and whether the doctor knows why.
     Lockup(lockup::Args),
+    /// Measure what the machine does to a guest's time.
+    Lab(lab::Args),
     /// Do the same many times over, to find what fails only now and then.
     Stress(stress::Args),
     /// Boot a stock guest to a shell on this terminal.
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
         Command::Guest(args) => guest::main(&args),
         Command::Guests(args) => guests::main(&args),
         Command::Lockup(args) => lockup::main(&args),
+        Command::Lab(args) => lab::main(&args),
         Command::Stress(args) => stress::main(&args),
         Command::Run(args) => start::main(&args),
         Command::Test(args) => test::main(&args),

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::throttle::Throttle;
 use crate::bench::vm::{Guest, run_parameter};
 use crate::guest::spin::Module;
+use crate::throttle::Throttle;
 
 /// What all guests of the matrix are made from.
 pub struct Makings {

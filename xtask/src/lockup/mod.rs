@@ -7,7 +7,6 @@
 
 mod judge;
 mod machine;
-mod throttle;
 
 use std::path::PathBuf;
 use std::thread::sleep;
@@ -20,10 +19,10 @@ use serde::Serialize;
 
 use self::judge::{Complaint, Expected, Said};
 use self::machine::{Machine, Makings};
-use self::throttle::Throttle;
 use crate::bench::vm;
 use crate::guest::spin;
 use crate::run::{Step, repository};
+use crate::throttle::Throttle;
 
 #[derive(clap::Args)]
 pub struct Args {
