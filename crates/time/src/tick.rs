@@ -7,6 +7,11 @@ use crate::policy::{SLEW, TickConfig, TickPolicy};
 pub const MAX_BACKLOG: Nanos = Nanos(60 * Nanos::SECOND.0);
 /// A tick that comes this late to a vCPU that did not sleep came while the host did not run the vCPU.
 pub const PREEMPTED: Nanos = Nanos(500_000);
+/// Sync: a tick that comes this late is skipped. It stands between two points, where a guest that reads its
+/// clocks in the handler may find the next point over and count it, and then gets its interrupt as well.
+pub const OFF_BEAT: Nanos = Nanos(50_000);
+/// Sync: without any tick for so long, the next one counts however late it comes.
+pub const INSIST: Nanos = Nanos(100_000_000);
 /// A timer is not served more often than this, whatever its period: what becomes of the ticks in between is
 /// the policy's affair. It bounds what a guest can ask of the thread that serves the timers.
 pub const SHORTEST_SERVICE: Nanos = Nanos(20_000);
@@ -104,9 +109,11 @@ pub struct Tick {
     raised: Option<Nanos>,
     /// The guest masks the interrupt.
     masked: bool,
-    /// Sync: a tick was skipped, so the next counts even if the vCPU does not run then. Otherwise a vCPU
-    /// that always runs between two points would never see one.
+    /// Sync: ticks were skipped for [`INSIST`], so the next counts even if the vCPU does not run then.
+    /// Otherwise a vCPU that always runs between two points would never see one.
     insist: bool,
+    /// Sync: when the guest took one last, or skipping began.
+    took: Option<Nanos>,
     /// The tick that is raised came due while the vCPU did not run.
     preempted: bool,
     /// Replay-slew: no interrupt before this.
@@ -231,9 +238,12 @@ impl Tick {
     fn come_due(&mut self, now: Nanos, slept: bool) -> bool {
         match self.next() {
             Some(at) if at <= now => {
-                self.preempted = !slept && now.saturating_sub(at) > PREEMPTED;
+                let late = now.saturating_sub(at);
+                self.preempted = !slept && late > PREEMPTED;
+                let sync = self.config.policy == TickPolicy::Sync;
+                let missed = !slept && late > if sync { OFF_BEAT } else { PREEMPTED };
                 match &mut self.run {
-                    Run::Periodic { .. } if self.preempted && !self.insist => self.miss(now),
+                    Run::Periodic { .. } if missed && !self.insist => self.miss(now),
                     Run::Periodic { next, .. } => {
                         *next += 1;
                         self.backlog = 1;
@@ -256,7 +266,8 @@ impl Tick {
         match self.config.policy {
             TickPolicy::Sync => {
                 self.counts.missed += missed;
-                self.insist = self.backlog == 0;
+                let took = *self.took.get_or_insert(now);
+                self.insist = self.backlog == 0 && now.saturating_sub(took) >= INSIST;
             }
             TickPolicy::Async => {
                 self.counts.missed += missed.saturating_sub(u64::from(self.backlog == 0));
@@ -314,6 +325,7 @@ impl Tick {
             return;
         }
         self.counts.delivered += 1;
+        self.took = Some(now);
         self.preempted = false;
         match self.run {
             Run::Stopped => {}

@@ -1,6 +1,6 @@
 //! Every policy's state machine by tables, as Xen's `vpt.c` has it, and properties over random lives.
 
-use super::{LOST, MAX_BACKLOG, PREEMPTED, SHORTEST_SERVICE};
+use super::{LOST, MAX_BACKLOG, OFF_BEAT, PREEMPTED, SHORTEST_SERVICE};
 use crate::{Grid, Nanos, SLEW, Tick, TickConfig, TickPolicy};
 
 const MS: u64 = 1_000_000;
@@ -104,14 +104,13 @@ fn after_a_gap_conserving_policies_give_back_every_tick() {
 }
 
 #[test]
-fn sync_gives_nothing_until_the_grid_and_then_insists() {
+fn sync_gives_nothing_until_the_grid() {
     let tick = play(
         TickPolicy::Sync,
         &[
             Run(45, false), // 10 to 40 are lost
             Run(49, false),
-            Run(58, true), // preempted again over 50: that one counts, or none ever would
-            Take(58, 0, 60),
+            Run(58, false), // preempted again over 50
             Run(60, true),
             Take(60, 0, 70),
             Run(75, false), // the next gap is skipped again
@@ -119,7 +118,16 @@ fn sync_gives_nothing_until_the_grid_and_then_insists() {
             Take(80, 0, 90),
         ],
     );
-    assert_eq!((tick.counts().delivered, tick.counts().missed), (3, 5));
+    assert_eq!((tick.counts().delivered, tick.counts().missed), (2, 6));
+}
+
+#[test]
+fn sync_insists_when_there_was_none_for_long() {
+    // A vCPU that always runs between two points.
+    let mut steps: Vec<_> = (1..=11).map(|point| Run(10 * point + 5, false)).collect();
+    steps.extend([Run(125, true), Take(125, 0, 130), Run(135, false)]);
+    let tick = play(TickPolicy::Sync, &steps);
+    assert_eq!((tick.counts().delivered, tick.counts().missed), (1, 12));
 }
 
 #[test]
@@ -414,7 +422,12 @@ fn random_lives_keep_every_promise() {
 #[test]
 fn lateness_decides_what_preemption_is() {
     let mut tick = tick(TickPolicy::Sync);
-    assert!(tick.offer(Nanos(PERIOD + PREEMPTED.0), false), "the edge of it is on time");
-    tick.taken(Nanos(PERIOD + PREEMPTED.0));
-    assert!(!tick.offer(Nanos(2 * PERIOD + PREEMPTED.0 + 1), false));
+    assert!(tick.offer(Nanos(PERIOD + OFF_BEAT.0), false), "the edge of it is on time");
+    tick.taken(Nanos(PERIOD + OFF_BEAT.0));
+    assert!(!tick.offer(Nanos(2 * PERIOD + OFF_BEAT.0 + 1), false));
+    for (late, preempted) in [(PREEMPTED.0, false), (PREEMPTED.0 + 1, true)] {
+        let mut tick = self::tick(TickPolicy::Delay);
+        assert!(tick.offer(Nanos(PERIOD + late), false));
+        assert_eq!(tick.apparent(), Some((Nanos(PERIOD), preempted)));
+    }
 }

@@ -170,9 +170,10 @@ impl Rig {
 
     /// Time passes while the vCPU runs all along.
     fn run(&self, ms: u64) -> usize {
-        (0..ms * 10)
+        // In steps that no policy calls late.
+        (0..ms * 25)
             .map(|_| {
-                self.base.advance(Nanos(MS / 10));
+                self.base.advance(Nanos(MS / 25));
                 self.queue.run_due();
                 self.take()
             })
