@@ -36,8 +36,6 @@ enum Command {
     Guest(guest::Args),
     /// Build the bare-metal guests of guests/ into target/guests.
     Guests(guests::Args),
-    /// What makes a guest complain of lockups, and whether the doctor knows why.
-    Lockup(lockup::Args),
     /// Measure what the machine does to a guest's time.
     Lab(lab::Args),
     /// Do the same many times over, to find what fails only now and then.
@@ -53,7 +51,6 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::main(&args),
         Command::Guest(args) => guest::main(&args),
         Command::Guests(args) => guests::main(&args),
-        Command::Lockup(args) => lockup::main(&args),
         Command::Lab(args) => lab::main(&args),
         Command::Stress(args) => stress::main(&args),
         Command::Run(args) => start::main(&args),

@@ -14,9 +14,9 @@ const WIDTH: f64 = 560.0;
 const HEIGHT: f64 = 250.0;
 const LEFT: f64 = 80.0;
 const HEAD: f64 = 76.0;
-const ABOVE: f64 = 34.0;
+const ABOVE: f64 = 50.0;
 const BELOW: f64 = 48.0;
-const LEGEND: f64 = 230.0;
+const LEGEND: f64 = 270.0;
 /// Points of a line at most.
 const POINTS: usize = 400;
 
@@ -50,7 +50,8 @@ struct Line {
 }
 
 struct Panel {
-    title: String,
+    title: &'static str,
+    about: String,
     lines: Vec<Line>,
 }
 
@@ -94,7 +95,7 @@ fn panels(outcomes: &[Outcome]) -> Vec<Panel> {
         };
         let device = match cells[0].cell.device {
             _ if guests.len() > 1 => String::new(),
-            device => format!(", {} at {} Hz", word(&device).to_uppercase(), cells[0].cell.hz),
+            device => format!("{} at {} Hz; ", word(&device).to_uppercase(), cells[0].cell.hz),
         };
         let lines = cells
             .iter()
@@ -103,7 +104,7 @@ fn panels(outcomes: &[Outcome]) -> Vec<Panel> {
                 Some(Line { name: name(o, guests.len() > 1), points: figures.course.thinned(POINTS).0 })
             })
             .collect();
-        panels.push(Panel { title: format!("{title}{device}; {}", about(load)), lines });
+        panels.push(Panel { title, about: format!("{device}{}", about(load)), lines });
     }
     panels
 }
@@ -190,7 +191,9 @@ fn draw(out: &mut String, panel: &Panel, top: f64) {
     let (time, minute) = if end > 300.0 { ("minutes", 60.0) } else { ("seconds", 1.0) };
     let x = |seconds: f64| LEFT + seconds / end * WIDTH;
     let (right, base) = (LEFT + WIDTH, top + HEIGHT);
-    let _ = writeln!(out, "<text class=\"t\" x=\"{LEFT}\" y=\"{:.1}\">{}</text>", top - 10.0, panel.title);
+    for (class, above, text) in [("t", 26.0, panel.title), ("s", 9.0, &panel.about)] {
+        let _ = writeln!(out, "<text class=\"{class}\" x=\"{LEFT}\" y=\"{:.1}\">{text}</text>", top - above);
+    }
     let mut value = bottom;
     while value <= ceiling + by / 2.0 {
         let class = if value.abs() < by / 2.0 { "z" } else { "g" };

@@ -26,6 +26,7 @@ use self::cell::{Activity, Cell, Device, Guest, Load, Policy, Wanted, batches};
 use self::check::Verdict;
 use self::guest::Guests;
 use self::run::{Outcome, Place};
+use crate::lockup;
 use crate::run::{Step, repository};
 
 #[derive(clap::Args)]
@@ -42,6 +43,8 @@ enum What {
     /// every policy meets every timer, guest and load; what was measured before in the same folder is kept, so
     /// that a run which was interrupted goes on.
     Skew(Skew),
+    /// What makes a guest complain of lockups, and whether the doctor knows why.
+    Lockup(lockup::Args),
 }
 
 #[derive(clap::Args)]
@@ -94,7 +97,13 @@ struct Skew {
 }
 
 pub fn main(args: &Args) -> Result<()> {
-    let What::Skew(args) = &args.what;
+    match &args.what {
+        What::Skew(args) => skew(args),
+        What::Lockup(args) => lockup::main(args),
+    }
+}
+
+fn skew(args: &Skew) -> Result<()> {
     let cells = args.cells();
     if cells.is_empty() {
         bail!("No cell makes sense of these policies, devices, guests, loads and activities");
