@@ -312,7 +312,7 @@ fn main() {
     };
     let load = parameter("load").unwrap_or("idle");
     let hz = number("hz", 1000, 100..=1024);
-    let seconds = number("seconds", 10, 1..=1_000_000);
+    let seconds = number("seconds", 3, 1..=1_000_000);
     // What the hypervisor says of its clocks, in kHz.
     if cpu::cpuid(0x4000_0000, 0)[0] < 0x4000_0010 {
         wrong("the machine does not say how fast its time-stamp counter is");
