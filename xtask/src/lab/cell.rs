@@ -145,7 +145,6 @@ pub enum Activity {
 /// One measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Cell {
-    pub seed: u64,
     pub load: Load,
     pub guest: Guest,
     pub device: Device,
@@ -155,6 +154,7 @@ pub struct Cell {
     pub hz: u64,
     /// Length.
     pub seconds: u64,
+    pub seed: u64,
 }
 
 /// The name that the command line has for a value.

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::cell::{Device, Guest, Load, Policy, word};
+use super::cell::{Activity, Device, Guest, Load, Policy, word};
 use super::run::Outcome;
 
 const COLOURS: [&str; 8] =
@@ -32,7 +32,7 @@ const PANELS: [(&str, &[Guest], Option<bool>); 4] = [
     ("The same, missed ticks replayed: it counts them twice", &[Guest::Compensate], Some(true)),
     ("Debian, Linux 6.1", &[Guest::Linux, Guest::LinuxJiffies, Guest::LinuxHpet, Guest::LinuxPm], None),
 ];
-/// Of these the first that was measured is drawn.
+/// Of these the first that was measured is drawn, if they were measured for as long.
 const LOADS: [Load; 8] = [
     Load::Stop,
     Load::Cpu3,
@@ -71,42 +71,42 @@ fn about(load: Load) -> &'static str {
 fn panels(outcomes: &[Outcome]) -> Vec<Panel> {
     let mut panels = Vec::new();
     for (title, guests, conserving) in PANELS {
-        let of = |load: Load| {
-            let mut cells: Vec<&Outcome> = outcomes
-                .iter()
-                .filter(|o| o.cell.load == load && guests.contains(&o.cell.guest) && o.figures.is_some())
-                .filter(|o| conserving.is_none_or(|wanted| o.cell.policy.conserves() == wanted))
-                .collect();
-            // The first device and seed that was measured stands for all.
-            if let Some(device) = cells.iter().map(|o| o.cell.device).min()
-                && guests.len() == 1
-            {
-                cells.retain(|o| o.cell.device == device);
-            }
-            if let Some(seed) = cells.iter().map(|o| o.cell.seed).min() {
-                cells.retain(|o| o.cell.seed == seed);
-            }
-            cells
-        };
-        let Some((load, cells)) =
-            LOADS.iter().map(|load| (*load, of(*load))).find(|(_, cells)| !cells.is_empty())
-        else {
-            continue;
-        };
+        let one = guests.len() == 1;
+        let mut cells: Vec<&Outcome> = outcomes
+            .iter()
+            .filter(|o| guests.contains(&o.cell.guest) && o.figures.is_some())
+            .filter(|o| conserving.is_none_or(|wanted| o.cell.policy.conserves() == wanted))
+            .filter(|o| o.cell.activity != Activity::Job)
+            .collect();
+        // The longest cells show most. Of several loads, timers and seeds one stands for all.
+        keep_least(&mut cells, |o| std::cmp::Reverse(o.cell.seconds));
+        keep_least(&mut cells, |o| LOADS.iter().position(|load| *load == o.cell.load));
+        if one {
+            keep_least(&mut cells, |o| o.cell.device);
+        }
+        keep_least(&mut cells, |o| o.cell.seed);
+        let Some(load) = cells.first().map(|o| o.cell.load) else { continue };
         let device = match cells[0].cell.device {
-            _ if guests.len() > 1 => String::new(),
+            _ if !one => String::new(),
             device => format!("{} at {} Hz; ", word(&device).to_uppercase(), cells[0].cell.hz),
         };
         let lines = cells
             .iter()
             .filter_map(|o| {
                 let figures = o.figures.as_ref()?;
-                Some(Line { name: name(o, guests.len() > 1), points: figures.course.thinned(POINTS).0 })
+                Some(Line { name: name(o, !one), points: figures.course.thinned(POINTS).0 })
             })
             .collect();
         panels.push(Panel { title, about: format!("{device}{}", about(load)), lines });
     }
     panels
+}
+
+/// Leaves those of `cells` whose key is the least.
+fn keep_least<K: Ord>(cells: &mut Vec<&Outcome>, key: impl Fn(&Outcome) -> K) {
+    if let Some(least) = cells.iter().map(|o| key(o)).min() {
+        cells.retain(|o| key(o) == least);
+    }
 }
 
 fn name(outcome: &Outcome, with_guest: bool) -> String {

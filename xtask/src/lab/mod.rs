@@ -88,6 +88,9 @@ struct Skew {
     /// Show what would be measured and how long that takes.
     #[arg(long)]
     dry_run: bool,
+    /// Measure nothing: everything that earlier runs left in the folder, in one table.
+    #[arg(long)]
+    collect: bool,
     /// Use this program instead of building one.
     #[arg(long, value_name = "PATH")]
     wardian: Option<PathBuf>,
@@ -128,7 +131,7 @@ fn skew(args: &Skew) -> Result<()> {
         target.map_or_else(|| repository().join("target"), PathBuf::from).join("lab/skew")
     });
     let place = Place::new(&out)?;
-    let outcomes = args.measure(&cells, &place, cores)?;
+    let outcomes = if args.collect { place.all()? } else { args.measure(&cells, &place, cores)? };
     report::write(&outcomes, &out)?;
     print!("{}", report::whole(&outcomes));
     println!("\nTable, CSV, JSON, chart: {}/skew.*", out.display());

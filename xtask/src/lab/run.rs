@@ -83,6 +83,25 @@ impl Place {
         (outcome.cell == *cell && outcome.faults.is_empty()).then_some(outcome)
     }
 
+    /// What runs before found in all cells, in their order.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn all(&self) -> Result<Vec<Outcome>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(self.0.join("cells"))? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|suffix| suffix == "json") {
+                let text = fs::read_to_string(&path)?;
+                let outcome: Outcome = serde_json::from_str(&text)
+                    .with_context(|| format!("Not the result of a cell: {}", path.display()))?;
+                all.push(outcome);
+            }
+        }
+        all.sort_by_key(|outcome| outcome.cell);
+        Ok(all)
+    }
+
     fn keep(&self, outcome: &Outcome) -> Result<()> {
         let path = self.cell(&outcome.cell);
         let part = path.with_extension("part");
