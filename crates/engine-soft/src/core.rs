@@ -247,15 +247,27 @@ impl Core {
         }
     }
 
-    /// Tells the guest if the whole process was stopped since it was last asked. To be called before the guest
-    /// sees a clock, or an interrupt whose handler may read one that it has read already.
+    /// Tells the guest if the whole process was stopped since it was last asked: before it sees a clock, or an
+    /// interrupt whose handler compares clocks.
     #[inline]
     pub fn notice_stops(&mut self) {
         let stops = self.time.pulse().stops();
+        self.notice(stops);
+    }
+
+    #[inline]
+    fn notice(&mut self, stops: u64) {
         if stops != self.stops {
             self.stops = stops;
             crate::sys::paravirt::update_clock(self, true);
         }
+    }
+
+    /// The guest reads its TSC.
+    pub fn read_tsc(&mut self) -> u64 {
+        let (tsc, stops) = self.time.tsc_and_stops();
+        self.notice(stops);
+        tsc.wrapping_add(self.sys.tsc_adjust)
     }
 
     /// Guest TSC of this vCPU now.

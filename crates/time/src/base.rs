@@ -214,6 +214,19 @@ impl TimeBase {
         }
     }
 
+    /// [`TimeBase::tsc`] and, to be told to the guest before it sees that, [`Pulse::stops`].
+    #[must_use]
+    pub fn tsc_and_stops(&self) -> (u64, u64) {
+        if !matches!((&self.source, &self.latest, self.mode), (Source::Tsc, None, TscMode::Default))
+            || !self.running.load(Ordering::Acquire)
+        {
+            return (self.tsc(), self.pulse.stops());
+        }
+        let raw = host::tsc();
+        let line = raw.wrapping_add(self.offset.load(Ordering::Acquire));
+        (line.saturating_sub(self.lag.load(Ordering::Acquire)), self.pulse.stops_at(raw))
+    }
+
     /// Rate of the guest TSC in Hz.
     #[must_use]
     pub fn tsc_hz(&self) -> u64 {

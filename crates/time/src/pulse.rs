@@ -44,8 +44,14 @@ impl Pulse {
     /// several threads at once): a number that differs from the one before means a stop in between.
     #[must_use]
     pub fn stops(&self) -> u64 {
+        self.stops_at(host::tsc())
+    }
+
+    /// Likewise, with the host's ticks read by the caller just now.
+    #[inline]
+    pub(crate) fn stops_at(&self, now: u64) -> u64 {
         let last = self.last.load(Ordering::Relaxed);
-        if last != 0 && host::tsc().wrapping_sub(last) as i64 > self.silence as i64 {
+        if last != 0 && now.wrapping_sub(last) as i64 > self.silence as i64 {
             self.silent();
         }
         self.stops.load(Ordering::Acquire)

@@ -568,8 +568,7 @@ fn need_tsc(core: &Core) -> Result<()> {
 /// RDTSC.
 pub(crate) fn rdtsc(core: &mut Core, insn: &Instruction) -> Result<()> {
     need_tsc(core)?;
-    core.notice_stops();
-    let tsc = core.tsc();
+    let tsc = core.read_tsc();
     set_edx_eax(core, tsc);
     advance(core, insn);
     Ok(())
@@ -581,8 +580,7 @@ pub(crate) fn rdtscp(core: &mut Core, insn: &Instruction) -> Result<()> {
         return Err(Trap::ud());
     }
     need_tsc(core)?;
-    core.notice_stops();
-    let tsc = core.tsc();
+    let tsc = core.read_tsc();
     set_edx_eax(core, tsc);
     core.set_gpr(1, core.sys.tsc_aux & 0xffff_ffff);
     advance(core, insn);

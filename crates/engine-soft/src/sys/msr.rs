@@ -122,11 +122,10 @@ pub(crate) fn read(core: &mut Core, index: u32) -> Result<u64> {
         return Ok(core.sys.mtrr_fixed[fixed]);
     }
     if index == msr::TSC {
-        core.notice_stops();
+        return Ok(core.read_tsc());
     }
     let sys = &core.sys;
     Ok(match index {
-        msr::TSC => core.tsc(),
         msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
             core.ask(Exit::MsrRead { index })?
         }
