@@ -173,13 +173,15 @@ pub fn judge(w: &Window) -> Option<Verdict> {
     if unrun > half {
         return Some(if w.delayed_ns >= unrun / 2 { Verdict::Steal } else { Verdict::Held });
     }
-    if w.unwoken_ns >= FAULT && w.doctor_late_ns < EXCUSED {
+    // A host that keeps our threads waiting excuses them.
+    let idle_host = w.doctor_late_ns < EXCUSED && w.delayed_ns < w.span_ns / 10;
+    if w.unwoken_ns >= FAULT && idle_host {
         return Some(Verdict::LostWakeup);
     }
-    if w.halted_ns >= half && w.timer_late_ns >= FAULT && w.doctor_late_ns < EXCUSED {
+    if w.halted_ns >= half && w.timer_late_ns >= FAULT && idle_host {
         return Some(Verdict::LateTimers);
     }
-    if w.longest_exit_ns >= half {
+    if w.longest_exit_ns.saturating_sub(unrun) >= half {
         return Some(Verdict::LongExit);
     }
     let run = w.span_ns - w.resting_ns - w.stopped_ns - unrun;

@@ -38,7 +38,7 @@ fn every_row_of_the_table() {
     let idle = Window { guest_ns: S, halted_ns: 19 * S, ran_ns: Some(S), looks: 2, ..busy() };
     let spin = Some(Verdict::Spin { low: AT, high: AT });
     let masked_spin = Some(Verdict::MaskedSpin { low: AT, high: AT });
-    let table: [(&str, Window, Option<Verdict>); 26] = [
+    let table: [(&str, Window, Option<Verdict>); 29] = [
         (
             "paused",
             Window { guest_ns: 0, resting_ns: 20 * S, ran_ns: Some(0), ..busy() },
@@ -79,6 +79,25 @@ fn every_row_of_the_table() {
             "a long exit",
             Window { guest_ns: 5 * S, exits_ns: 15 * S, longest_exit_ns: 15 * S, looks: 5, ..busy() },
             Some(Verdict::LongExit),
+        ),
+        (
+            "a long exit that the host did not run",
+            Window {
+                guest_ns: 8 * S,
+                exits_ns: 12 * S,
+                longest_exit_ns: 11 * S,
+                ran_ns: Some(11 * S),
+                delayed_ns: 9 * S,
+                looks: 5,
+                ..busy()
+            },
+            None,
+        ),
+        ("not woken while starved", Window { unwoken_ns: 2 * S, delayed_ns: 3 * S, ..idle.clone() }, None),
+        (
+            "late timers while starved",
+            Window { timer_late_ns: 2 * S, delayed_ns: 3 * S, ..idle.clone() },
+            None,
         ),
         (
             "many short exits",
