@@ -62,6 +62,8 @@ pub enum Exit {
     },
     /// The debugger's condition is met; the state is at `DebugEvent::rip`.
     Debug(DebugEvent),
+    /// As many instructions are retired as [`crate::Vcpu::set_limit`] allows.
+    Limit,
     /// Kicked by [`wardian_irq::Kick`] for a reason that is not the guest's.
     Interrupted,
 }

@@ -70,6 +70,20 @@ pub struct Glance {
     pub interrupts: u64,
 }
 
+/// An interrupt that a vCPU takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// Instructions that the vCPU had retired.
+    pub retired: u64,
+    /// Linear address of the instruction that it interrupts.
+    pub rip: u64,
+    /// Vector; 2 for an NMI.
+    pub vector: u8,
+}
+
+/// Told of each interrupt that a vCPU takes, just before its handler runs.
+pub type OnTaken = Box<dyn FnMut(Taken) + Send>;
+
 /// One virtual processor. Used by one thread at a time.
 pub trait Vcpu: Send {
     /// Completes the exit that the last call returned with `answer` (use [`Answer::None`] the first time)
@@ -95,6 +109,21 @@ pub trait Vcpu: Send {
     fn translate(&mut self, linear: u64) -> Option<u64>;
     /// The machine was stopped and goes on: set the kvmclock "stopped" flag and refresh the clock page.
     fn resumed(&mut self);
+    /// Instructions retired so far, if they are counted: from the first [`Vcpu::set_limit`] on. A repeated string
+    /// instruction counts once, when it is complete; one that faults does not count.
+    fn retired(&self) -> Option<u64> {
+        None
+    }
+    /// `run` returns [`Exit::Limit`] when so many instructions are retired, exactly, and the next one would be begun
+    /// (one that waits for an answer is completed first). Counting goes on without a limit. An engine that cannot
+    /// count ignores this.
+    fn set_limit(&mut self, limit: Option<u64>) {
+        let _ = limit;
+    }
+    /// Who is told of interrupts from now on.
+    fn on_taken(&mut self, told: Option<OnTaken>) {
+        let _ = told;
+    }
     /// Named counters of this vCPU, for `inspect` and the benches.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

@@ -368,7 +368,9 @@ impl Core {
                 slow
             }
             Err(trap) => {
-                self.ctx.get_mut().rip = site.rip();
+                let ctx = self.ctx.get_mut();
+                ctx.rip = site.rip();
+                ctx.budget += i64::from(ctx.left);
                 self.trap = Some(trap);
                 Slow::Leave
             }

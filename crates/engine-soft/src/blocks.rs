@@ -43,6 +43,8 @@ pub struct Mark {
     pub host: u32,
     /// The arithmetic flags are in EFLAGS there.
     pub flags_live: bool,
+    /// Where instructions are counted: how many of the block are not retired there.
+    pub left: u8,
     pub rip: u64,
 }
 

@@ -127,6 +127,10 @@ pub struct Core {
     pub phys_mask: u64,
     /// 1 GiB pages exist.
     pub gib_pages: bool,
+    /// Count of retired instructions at which the budget in the context is used up, where they are counted.
+    pub goal: u64,
+    /// Count of retired instructions up to which guest time has been moved, where that is what moves it.
+    clock: Option<u64>,
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
 }
@@ -257,7 +261,8 @@ impl Core {
 
     #[inline]
     fn notice(&mut self, stops: u64) {
-        if stops != self.stops {
+        // Where time is counted, none passes while the process is stopped.
+        if stops != self.stops && self.clock.is_none() {
             self.stops = stops;
             crate::sys::paravirt::update_clock(self, true);
         }
@@ -268,6 +273,27 @@ impl Core {
         let (tsc, stops) = self.time.tsc_and_stops();
         self.notice(stops);
         tsc.wrapping_add(self.sys.tsc_adjust)
+    }
+
+    /// Instructions retired so far, where they are counted.
+    pub fn retired(&self) -> u64 {
+        self.goal.wrapping_sub(self.c().budget as u64)
+    }
+
+    /// Lets `left` more instructions retire.
+    pub fn set_budget(&mut self, left: i64) {
+        self.goal = self.retired().wrapping_add(left as u64);
+        self.ctx.get_mut().budget = left;
+    }
+
+    /// Moves guest time to where the vCPU is, if that is what moves it.
+    #[inline]
+    pub fn sync_time(&mut self) {
+        if let Some(clock) = self.clock {
+            let retired = self.retired();
+            self.time.advance(wardian_time::Nanos(retired.wrapping_sub(clock)));
+            self.clock = Some(retired);
+        }
     }
 
     /// Guest TSC of this vCPU now.
@@ -369,6 +395,8 @@ impl Core {
             mmu,
             phys_mask: (1u64 << parts.model.physical_bits()) - 1,
             gib_pages: parts.model.has(wardian_cpu::Feature::Pdpe1gb),
+            goal: 0,
+            clock: parts.time.is_counted().then_some(0),
             mem: parts.mem,
             time: parts.time,
             model: parts.model,

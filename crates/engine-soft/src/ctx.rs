@@ -50,7 +50,12 @@ pub enum Leave {
     Completed = 6,
     /// The guest's instruction at `rip` is SYSCALL (no fetch and decode needed).
     Syscall = 7,
+    /// The block at `rip` has more instructions than are left in the budget. Only where instructions are counted.
+    Budget = 8,
 }
+
+/// Number of reasons to leave.
+pub const LEAVES: usize = 9;
 
 /// What translated code and its thunks address through RBP.
 #[repr(C, align(64))]
@@ -88,8 +93,13 @@ pub struct Ctx {
     pub core: u64, // 264
     /// Not zero: vector registers 16-31 and the mask registers are in the host's own; zero: they are here.
     pub high_live: u32, // 272
+    /// Where instructions are counted, in a slow access: how many of the block are not retired, the one that accesses
+    /// included.
+    pub left: u32, // 276
+    /// Where instructions are counted: how many may be retired. Blocks take theirs at their head.
+    pub budget: i64, // 280
     /// Explicit padding: the vector registers are aligned.
-    pub pad0: [u32; 11],
+    pub pad0: [u32; 8],
     /// Vector registers while a helper runs.
     pub vec: [[u8; 64]; 32], // 320
     /// AVX-512 mask registers likewise.

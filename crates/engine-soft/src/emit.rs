@@ -48,6 +48,10 @@ pub const SOURCE: i32 = disp(260);
 const VEC_MODE: i32 = disp(256);
 /// Displacement of whether the upper vector registers are live.
 const HIGH_LIVE: i32 = disp(272);
+/// Displacement of the instructions of the block that a slow access leaves.
+const LEFT: i32 = disp(276);
+/// Displacement of the budget.
+const BUDGET: i32 = disp(280);
 /// Displacement of a segment base.
 pub const fn seg_base(segment: usize) -> i32 {
     disp(144 + segment * 8)
@@ -267,6 +271,29 @@ impl<'a> Cursor<'a> {
         let site = self.pos();
         self.put(&[0; 4]);
         site
+    }
+    /// `sub qword [rbp + budget], count; js`: returns where its displacement is. Clobbers flags.
+    pub fn take(&mut self, count: u8) -> u32 {
+        self.put(&[0x48, 0x83]);
+        self.rbp_modrm(5, BUDGET);
+        self.put(&[count, 0x0f, 0x88]);
+        let site = self.pos();
+        self.put(&[0; 4]);
+        site
+    }
+    /// `add qword [rbp + budget], count`, unless that is 0. Clobbers flags.
+    pub fn give_back(&mut self, count: u8) {
+        if count != 0 {
+            self.put(&[0x48, 0x83]);
+            self.rbp_modrm(0, BUDGET);
+            self.put(&[count]);
+        }
+    }
+    /// `mov dword [rbp + left], count`.
+    pub fn note_left(&mut self, count: u8) {
+        self.put(&[0xc7]);
+        self.rbp_modrm(0, LEFT);
+        self.put(&u32::from(count).to_le_bytes());
     }
     /// `mov dword [rbp + source], block`.
     pub fn note_source(&mut self, block: u32) {

@@ -41,6 +41,7 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
                     let eflags = regs[libc::REG_EFL as usize] as u32;
                     (*running.ctx).flags = (eflags & 0xd5 | 2) << 8 | (eflags >> 11 & 1);
                 }
+                (*running.ctx).budget += i64::from(mark.left);
                 regs[libc::REG_R13 as usize] = mark.rip as i64;
                 regs[libc::REG_R14 as usize] = trap as i64;
                 regs[libc::REG_RIP as usize] = running.leave as i64;

@@ -7,7 +7,7 @@ use wardian_cpu::EngineError;
 use crate::access::{Site, Slow};
 use crate::code::CodeMemory;
 use crate::core::Core;
-use crate::ctx::{Ctx, Leave, RBP_BIAS, disp};
+use crate::ctx::{Ctx, LEAVES, Leave, RBP_BIAS, disp};
 
 /// Offsets of the thunks in code memory.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,7 +24,7 @@ pub struct Thunks {
     /// flags.
     pub load_high: u32,
     /// Leave, by reason: R13 = rip, R14 = argument.
-    pub leave: [u32; 8],
+    pub leave: [u32; LEAVES],
     /// First free offset.
     pub end: u32,
 }

@@ -76,17 +76,20 @@ enum Cold {
         /// Hot code to go back to, and for writes the hot bytes to be repeated before the commit.
         back: u32,
         tail: Option<(u32, Next, bool)>,
+        /// Instructions of the block that are counted and not retired yet, this one included.
+        left: u8,
     },
     Edge {
         site: u32,
         target: u64,
         save: bool,
+        /// Instructions that were counted and are jumped over.
+        left: u8,
     },
+    /// The block was counted and is not run.
+    Budget { site: u32, count: u8, rip: u64 },
     /// Load the upper vector registers.
-    High {
-        site: u32,
-        back: u32,
-    },
+    High { site: u32, back: u32 },
 }
 
 /// Where a committed write goes on if translated code must be left.
@@ -102,6 +105,8 @@ pub struct Translator {
     pub thunks: Thunks,
     pub blocks: Blocks,
     table: CodeTable,
+    /// Blocks take their instructions from the budget. To be changed only when there are none.
+    pub counting: bool,
     hot: u32,
     cold: u32,
 }
@@ -122,6 +127,8 @@ struct Emit<'a> {
     cold_marks: Vec<Mark>,
     page_linear: u64,
     chainable: bool,
+    /// Where instructions are counted: how many of the block are not retired yet, the present one included.
+    left: u8,
     /// Number that the block will have.
     id: BlockId,
     moved: i32,
@@ -136,6 +143,7 @@ impl Translator {
             thunks,
             blocks: Blocks::new(ram_pages),
             table: CodeTable::new(),
+            counting: false,
             hot: thunks.end,
             cold: COLD_START,
         })
@@ -402,6 +410,7 @@ impl Translator {
             cold_marks: Vec::new(),
             page_linear: block.linear & !0xfff,
             chainable: block.page2.is_none() && !mode.single(),
+            left: 0,
             id: self.blocks.all.len() as BlockId,
             moved: 0,
         };
@@ -422,6 +431,16 @@ impl Translator {
         let attention_site = e.c.pos();
         e.c.put(&[0; 4]);
         block.body = e.c.pos();
+        if self.counting {
+            // What is interpreted counts itself.
+            let translated =
+                |op: &&Op| !matches!(op.info.class, Class::Unknown | Class::Interpret | Class::Syscall);
+            e.left = ops.iter().filter(translated).count() as u8;
+            if e.left != 0 {
+                let site = e.c.take(e.left);
+                e.cold.push(Cold::Budget { site, count: e.left, rip: linear });
+            }
+        }
         let evex = |op: &&Op| op.info.class == Class::Native && op.info.unit == Unit::Evex;
         if ops.iter().filter(evex).any(|op| op.info.wide) {
             e.c.widen();
@@ -435,6 +454,7 @@ impl Translator {
         let mut ended = false;
         for op in ops {
             ended = e.op(op, source);
+            e.left = e.left.saturating_sub(1);
         }
         if !ended {
             let next = mode.linear(mode.ip(linear).wrapping_add(used as u64));

@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use wardian_cpu::bits::rflags;
 use wardian_cpu::{
-    Activity, Answer, CpuModel, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Glance, Vcpu,
+    Activity, Answer, CpuModel, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Glance, OnTaken,
+    Taken, Vcpu,
 };
 use wardian_irq::{Kick, LocalInterrupts};
 use wardian_memory::GuestMemory;
@@ -49,6 +50,9 @@ pub struct SoftVcpu {
     stops: Vec<u64>,
     /// A breakpoint address that was reported and is to be stepped over.
     pass: Option<u64>,
+    /// The rest of the budget is less than a block: one instruction at a time.
+    slowly: bool,
+    on_taken: Option<OnTaken>,
     table: CodeTable,
     /// The instruction interpreted last may have loaded SS.
     loads_ss: bool,
@@ -66,7 +70,8 @@ impl SoftVcpu {
         mailbox: Arc<Mailbox>,
     ) -> SoftVcpu {
         let mode = Mode::of(&core, false);
-        SoftVcpu {
+        let counted = core.time.is_counted();
+        let mut vcpu = SoftVcpu {
             core,
             translator,
             shared,
@@ -79,16 +84,33 @@ impl SoftVcpu {
             debug: DebugRequest::default(),
             stops: Vec::new(),
             pass: None,
+            slowly: false,
+            on_taken: None,
             table: CodeTable::new(),
             loads_ss: false,
             delay: None,
             told: Nanos(0),
             refreshed: Nanos(0),
+        };
+        if counted {
+            vcpu.set_limit(None);
         }
+        vcpu
     }
 
     fn single(&self) -> bool {
         self.debug.single_step
+    }
+
+    /// Whether no instruction may be begun.
+    fn spent(&self) -> bool {
+        self.translator.counting && self.core.c().budget <= 0
+    }
+
+    fn tell_taken(&mut self, vector: u8) {
+        if let Some(told) = &mut self.on_taken {
+            told(Taken { retired: self.core.retired(), rip: self.core.c().rip, vector });
+        }
     }
 
     /// Requests of other vCPUs and of devices.
@@ -171,7 +193,8 @@ impl SoftVcpu {
         if pending.nmi && !core.sys.nmi_blocked && core.irq.take_nmi() {
             core.sys.activity = Activity::Running;
             core.counters.nmis += 1;
-            return sys::deliver(core, Event::Nmi);
+            self.tell_taken(2);
+            return sys::deliver(&mut self.core, Event::Nmi);
         }
         if pending.interrupt
             && core.c().rflags & rflags::IF != 0
@@ -180,6 +203,7 @@ impl SoftVcpu {
             core.sys.activity = Activity::Running;
             core.counters.interrupts += 1;
             self.refresh_clock(false);
+            self.tell_taken(vector);
             return sys::deliver(&mut self.core, Event::External(vector));
         }
         Ok(())
@@ -202,7 +226,7 @@ impl SoftVcpu {
     fn block(&mut self) -> Result<BlockId> {
         if self.core.mode_dirty {
             self.core.mode_dirty = false;
-            self.mode = Mode::of(&self.core, self.single());
+            self.mode = Mode::of(&self.core, self.single() || self.slowly);
             let view = self.mode.view() as usize;
             if self.view_mode[view] != self.mode {
                 self.view_mode[view] = self.mode;
@@ -349,7 +373,13 @@ impl SoftVcpu {
             insn.mnemonic(),
             iced_x86::Mnemonic::Mov | iced_x86::Mnemonic::Pop | iced_x86::Mnemonic::Lss
         );
+        let from = self.core.c().rip;
+        self.core.sync_time();
         sys::interpret(&mut self.core, &insn)?;
+        let repeats = insn.has_rep_prefix() || insn.has_repne_prefix();
+        if !(repeats && insn.is_string_instruction() && self.core.c().rip == from) {
+            self.core.ctx.get_mut().budget -= 1;
+        }
         Ok(true)
     }
 
@@ -384,7 +414,9 @@ impl SoftVcpu {
         let source = self.core.c().source as usize;
         if let Some(block) = self.translator.blocks.all.get(source) {
             let rsp = self.core.gpr(CpuState::RSP).wrapping_sub(i64::from(block.moved) as u64);
-            self.core.ctx.get_mut().rip = block.last;
+            let ctx = self.core.ctx.get_mut();
+            ctx.rip = block.last;
+            ctx.budget += 1; // it was counted
             self.core.set_gpr(CpuState::RSP, rsp);
         }
         self.settle(Err(Trap::gp(0)))
@@ -421,7 +453,13 @@ impl SoftVcpu {
                 continue;
             }
             let resuming = !self.core.journal.is_empty() || self.core.alone;
-            if !resuming {
+            if resuming {
+                // What was begun is completed, though the limit may be another now.
+                if self.spent() {
+                    self.core.set_budget(1);
+                }
+            } else {
+                self.core.sync_time();
                 self.attention();
                 if self.events().is_err() {
                     return self.shutdown();
@@ -433,6 +471,9 @@ impl SoftVcpu {
                     Activity::Running => {}
                     Activity::Halted | Activity::WaitForSipi => return Exit::Halt,
                     Activity::Shutdown => return Exit::Shutdown,
+                }
+                if self.spent() {
+                    return Exit::Limit;
                 }
                 if self.core.mode_dirty {
                     self.update_stops();
@@ -465,13 +506,16 @@ impl SoftVcpu {
             // What the shadow holds off is due at the next block head.
             self.core.c().attention.fetch_or(RECHECK, Ordering::AcqRel);
         }
-        let mut first = resuming || shadow || self.pass.take().is_some();
+        let pass = self.pass.take();
+        let mut first = resuming || shadow || pass.is_some();
+        let mut entered = 0u32;
         loop {
             let tf = self.core.c().rflags & rflags::TF != 0;
             let single = self.mode.single();
             let block = &self.translator.blocks.all[id as usize];
             let at = if std::mem::take(&mut first) { block.body } else { block.head };
             let start = block.linear;
+            entered = entered.saturating_add(1);
             self.enter(at);
             let ctx = self.core.c();
             let (leave, arg, rip) = (ctx.leave, ctx.arg, ctx.rip);
@@ -513,11 +557,17 @@ impl SoftVcpu {
                     if rip != start && ctx.attention.load(Ordering::Acquire) != 0 {
                         return None;
                     }
+                    if self.spent() {
+                        return None;
+                    }
                     let result = if l == Leave::Syscall as u32 {
                         self.core.counters.syscalls += 1;
                         let next = self.mode.ip(rip.wrapping_add(2));
                         self.core.journal_used = 0;
-                        sys::transfer::syscall(&mut self.core, next).map(|()| true)
+                        sys::transfer::syscall(&mut self.core, next).map(|()| {
+                            self.core.ctx.get_mut().budget -= 1;
+                            true
+                        })
                     } else {
                         self.interpret()
                     };
@@ -534,6 +584,18 @@ impl SoftVcpu {
                 l if l == Leave::Completed as u32 => {
                     if single || self.core.watch_hit != 0 {
                         return self.completed(tf && single);
+                    }
+                    return None;
+                }
+                l if l == Leave::Budget as u32 => {
+                    if entered == 1 {
+                        // Nothing was run.
+                        self.core.sys.interrupt_shadow = shadow;
+                        self.pass = pass;
+                    }
+                    if !self.spent() {
+                        self.slowly = true;
+                        self.core.mode_dirty = true;
                     }
                     return None;
                 }
@@ -570,7 +632,7 @@ fn read_host(host: usize, out: &mut [u8]) {
 
 impl Vcpu for SoftVcpu {
     fn run(&mut self, answer: Answer) -> std::result::Result<Exit, EngineError> {
-        if self.delay.is_none() {
+        if self.delay.is_none() && !self.core.time.is_counted() {
             self.delay = Some(RunDelay::of_this_thread());
         }
         if std::mem::take(&mut self.asked) {
@@ -595,6 +657,7 @@ impl Vcpu for SoftVcpu {
         fpu::enter(&mut self.core);
         self.shared.enter(&self.mailbox);
         let exit = self.go();
+        self.core.sync_time();
         self.core.end_alone();
         self.shared.leave(&self.mailbox);
         fpu::leave(&mut self.core);
@@ -651,6 +714,27 @@ impl Vcpu for SoftVcpu {
         self.refresh_clock(true);
     }
 
+    fn retired(&self) -> Option<u64> {
+        self.translator.counting.then(|| self.core.retired())
+    }
+
+    fn set_limit(&mut self, limit: Option<u64>) {
+        if !self.translator.counting {
+            self.forget_code();
+            self.translator.counting = true;
+        }
+        let now = self.core.retired();
+        let left = limit.map(|at| at.saturating_sub(now)).and_then(|left| i64::try_from(left).ok());
+        self.core.set_budget(left.unwrap_or(i64::MAX));
+        if std::mem::take(&mut self.slowly) {
+            self.core.mode_dirty = true;
+        }
+    }
+
+    fn on_taken(&mut self, told: Option<OnTaken>) {
+        self.on_taken = told;
+    }
+
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let c = &self.core.counters;
         vec![
@@ -671,6 +755,7 @@ impl Vcpu for SoftVcpu {
             ("interrupts", c.interrupts),
             ("nmis", c.nmis),
             ("exits", c.exits),
+            ("retired_instructions", if self.translator.counting { self.core.retired() } else { 0 }),
         ]
     }
 }

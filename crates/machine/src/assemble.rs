@@ -36,6 +36,7 @@ use crate::error::MachineError;
 use crate::host::{Input, InputRoute, Outputs};
 use crate::step::{StepMask, Stepped};
 use crate::vcpu::Slot;
+use crate::virtual_time;
 use crate::vm::{Parts, Worker};
 
 /// Most queues of a disk; one for each vCPU up to this.
@@ -225,7 +226,12 @@ pub(crate) fn assemble(
 ) -> Result<Parts, MachineError> {
     // Input first: what can be refused is refused before anything is created.
     let memory = GuestMemory::new(plan.memory)?;
-    let time = TimeBase::host_with(plan.timers.time_config(plan.tsc));
+    let config = plan.timers.time_config(plan.tsc);
+    let time = if plan.counted {
+        TimeBase::counted(virtual_time::EPOCH, config)
+    } else {
+        TimeBase::host_with(config)
+    };
     let queue = TimerQueue::new(Arc::clone(&time));
     let cpu =
         EngineArgs { choice: plan.engine, memory: &memory, time: &time, cpus: plan.cpus, cpu: &plan.cpu };
@@ -259,6 +265,9 @@ pub(crate) fn assemble(
         let mut vcpu = engine.create_vcpu(index, &model, Arc::clone(&mask) as _)?;
         if index == 0 {
             vcpu.set_state(&state)?;
+            if let Some(out) = &outputs.interrupts {
+                vcpu.on_taken(Some(virtual_time::trace(Arc::clone(&time), Box::new(out.clone()))));
+            }
         }
         let slot = Slot::new(index, Box::new(Stepped { vcpu, mask }), Arc::clone(&local));
         local.attach(Arc::clone(&slot.wake) as Arc<dyn Kick>);

@@ -57,7 +57,7 @@ impl Board {
             Exit::MsrWrite { .. } => Answer::Fault,
             // KVM_ENOSYS: no hypercall is offered (Linux, Documentation/virt/kvm/x86/hypercalls.rst).
             Exit::Hypercall { .. } => Answer::Data(-1000i64 as u64),
-            Exit::Halt | Exit::Shutdown | Exit::Debug(_) | Exit::Interrupted => Answer::None,
+            Exit::Halt | Exit::Shutdown | Exit::Debug(_) | Exit::Interrupted | Exit::Limit => Answer::None,
         }
     }
 }

@@ -55,6 +55,12 @@ pub enum ConfigError {
     /// Two devices want the terminal.
     #[error("Both the serial port and the console are to use the terminal (stdio); give it to one of them")]
     TerminalTwice,
+    /// Several vCPUs in virtual time.
+    #[error("Virtual time is the count of one vCPU's instructions: it goes with one vCPU, not with {0}")]
+    VirtualTimeCpus(usize),
+    /// A trace that would say nothing.
+    #[error("Interrupts are traced by the count of instructions: that needs virtual time (--time virtual)")]
+    TraceNeedsVirtualTime,
 }
 
 pub(crate) fn bad(what: &'static str, value: &str, why: impl Into<String>) -> ConfigError {
@@ -89,7 +95,7 @@ macro_rules! by_text {
 mod timers;
 mod watch;
 
-pub use timers::{TimerPolicies, Timers, TscModeArg};
+pub use timers::{TimeSource, TimerPolicies, Timers, TscModeArg};
 pub use watch::{LockupSeconds, OnResume};
 
 /// Bytes of guest RAM: a number with an optional K, M, G or T (powers of 1024).
@@ -342,6 +348,10 @@ pub struct Config {
     pub gdb_wait: bool,
     /// A reset ends the machine.
     pub no_reboot: bool,
+    /// What guest time follows; host if not given.
+    pub time: Option<TimeSource>,
+    /// Interrupts that vCPU 0 takes in virtual time are written here.
+    pub trace_interrupts: Option<PathBuf>,
     /// What becomes of ticks that come late; late-one if not given.
     pub timer_policy: TimerPolicies,
     /// Periodic timers tick at multiples of their period.
@@ -404,6 +414,7 @@ impl Config {
         self.stats_json.iter_mut().for_each(rebase);
         self.events.iter_mut().for_each(rebase);
         self.doorbell.iter_mut().for_each(rebase);
+        self.trace_interrupts.iter_mut().for_each(rebase);
         for endpoint in [&mut self.serial, &mut self.console, &mut self.debug_console] {
             if let Some(Endpoint::File(path)) = endpoint {
                 rebase(path);
@@ -439,6 +450,8 @@ impl Config {
             gdb: over.gdb.or(self.gdb),
             gdb_wait: over.gdb_wait || self.gdb_wait,
             no_reboot: over.no_reboot || self.no_reboot,
+            time: over.time.or(self.time),
+            trace_interrupts: over.trace_interrupts.or(self.trace_interrupts),
             timer_policy: self.timer_policy.overridden_by(over.timer_policy),
             timer_align: over.timer_align || self.timer_align,
             tsc_mode: over.tsc_mode.or(self.tsc_mode),
@@ -461,6 +474,14 @@ impl Config {
         if serial == Endpoint::Stdio && console == Endpoint::Stdio {
             return Err(ConfigError::TerminalTwice);
         }
+        let cpus = self.cpus.map_or(1, |count| count.0 as usize);
+        let counted = self.time == Some(TimeSource::Virtual);
+        if counted && cpus > 1 {
+            return Err(ConfigError::VirtualTimeCpus(cpus));
+        }
+        if self.trace_interrupts.is_some() && !counted {
+            return Err(ConfigError::TraceNeedsVirtualTime);
+        }
         Ok(Plan {
             name: self.name.unwrap_or_else(|| "wardian".to_owned()),
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
@@ -469,7 +490,7 @@ impl Config {
             modules: self.module,
             disks: self.disk,
             memory: self.memory.map_or(512 << 20, |size| size.0),
-            cpus: self.cpus.map_or(1, |count| count.0 as usize),
+            cpus,
             engine: self.engine.unwrap_or_default(),
             cpu: self.cpu.unwrap_or_else(|| "host".to_owned()),
             serial,
@@ -480,6 +501,8 @@ impl Config {
             gdb_wait: self.gdb_wait && self.gdb.is_some(),
             gdb: self.gdb,
             no_reboot: self.no_reboot,
+            counted,
+            trace_interrupts: self.trace_interrupts,
             timers: self.timer_policy.resolve(self.timer_align),
             tsc: self.tsc_mode.unwrap_or_default().0,
             on_resume: self.on_resume.unwrap_or_default().0,
@@ -528,6 +551,10 @@ pub struct Plan {
     pub gdb_wait: bool,
     /// A reset ends the machine.
     pub no_reboot: bool,
+    /// Guest time is the count of instructions.
+    pub counted: bool,
+    /// Taken interrupts are written here.
+    pub trace_interrupts: Option<PathBuf>,
     /// How the timers treat their ticks.
     pub timers: Timers,
     /// The guest's time-stamp counter.
@@ -571,6 +598,7 @@ mod tests {
             gdb = 1234
             gdb-wait = true
             no-reboot = true
+            time = "host"
             timer-policy = "sync,pit=replay"
             timer-align = true
             tsc-mode = "emulate"
@@ -610,6 +638,7 @@ mod tests {
             ("serial = \"pty\"\n", "field `serial`: 'pty' is no place"),
             ("gdb = 70000\n", "field `gdb`: '70000' is no address"),
             ("timer-policy = \"late\"\n", "guest.toml:1:16: field `timer-policy`: 'late' is no timer policy"),
+            ("time = \"slow\"\n", "field `time`: 'slow' is no source of guest time: give host or virtual"),
             ("tsc-mode = \"fast\"\n", "field `tsc-mode`: 'fast' is no TSC mode"),
             ("on-resume = \"skip\"\n", "field `on-resume`: 'skip' is no policy for resuming"),
             ("lockup-seconds = 1\n", "field `lockup-seconds`: '1' is no time without progress"),
@@ -673,6 +702,11 @@ mod tests {
             ..Config::default()
         };
         assert!(matches!(both.check(), Err(ConfigError::TerminalTwice)));
+        let virtual_time = |more: &str| parse(&format!("kernel = \"k\"\n{more}")).unwrap().check();
+        assert!(virtual_time("time = \"virtual\"\ntrace-interrupts = \"t\"").unwrap().counted);
+        let error = virtual_time("time = \"virtual\"\ncpus = 2").unwrap_err();
+        assert!(matches!(error, ConfigError::VirtualTimeCpus(2)));
+        assert!(matches!(virtual_time("trace-interrupts = \"t\""), Err(ConfigError::TraceNeedsVirtualTime)));
     }
 
     #[test]

@@ -42,6 +42,8 @@ pub(crate) struct Outputs {
     pub(crate) debug: Output,
     /// Where there is a doorbell.
     pub(crate) doorbell: Option<Output>,
+    /// Where taken interrupts are written down.
+    pub(crate) interrupts: Option<Output>,
 }
 
 impl Outputs {
@@ -65,12 +67,14 @@ impl Outputs {
             console: open(&plan.console)?,
             debug: open(&plan.debug_console)?,
             doorbell: plan.doorbell.as_ref().map(file).transpose()?,
+            interrupts: plan.trace_interrupts.as_ref().map(file).transpose()?,
         })
     }
 
     /// Waits until everything is written.
     pub(crate) fn drain(&self) {
-        for output in [&self.serial, &self.console, &self.debug].into_iter().chain(&self.doorbell) {
+        let devices = [&self.serial, &self.console, &self.debug];
+        for output in devices.into_iter().chain(&self.doorbell).chain(&self.interrupts) {
             output.drain();
         }
     }

@@ -40,13 +40,14 @@ mod step;
 mod tests;
 mod vcpu;
 mod verdict;
+mod virtual_time;
 mod vm;
 mod wake;
 
 pub use accounts::TimeSpent;
 pub use config::{
     Config, ConfigError, CpuCount, DiskArg, Endpoint, EngineChoice, LockupSeconds, MAX_CPUS, MemorySize,
-    ModuleArg, OnResume, Plan, TimerPolicies, Timers, TscModeArg,
+    ModuleArg, OnResume, Plan, TimeSource, TimerPolicies, Timers, TscModeArg,
 };
 pub use diary::{Event, Happening};
 pub use error::{MachineError, Outcome, status};

@@ -34,10 +34,12 @@ pub enum Kind {
     Debug,
     /// Kick.
     Interrupted,
+    /// A timer's instruction, where time is counted in instructions.
+    Limit,
 }
 
 /// Names of the kinds.
-pub const NAMES: [&str; 11] = [
+pub const NAMES: [&str; 12] = [
     "port-in",
     "port-out",
     "mmio-read",
@@ -49,6 +51,7 @@ pub const NAMES: [&str; 11] = [
     "hypercall",
     "debug",
     "interrupted",
+    "limit",
 ];
 
 impl Kind {
@@ -76,6 +79,7 @@ impl Kind {
             Exit::Hypercall { .. } => Kind::Hypercall,
             Exit::Debug(_) => Kind::Debug,
             Exit::Interrupted => Kind::Interrupted,
+            Exit::Limit => Kind::Limit,
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use wardian_cpu::{Answer, CpuState, DebugRequest, EngineError, Exit, Glance, Vcpu};
+use wardian_cpu::{Answer, CpuState, DebugRequest, EngineError, Exit, Glance, OnTaken, Vcpu};
 use wardian_irq::{Kick, LocalInterrupts, PendingEvents};
 
 /// What the engine sees of a vCPU's interrupts: all, or, during single steps, INIT and SIPI alone.
@@ -109,6 +109,18 @@ impl Vcpu for Stepped {
 
     fn resumed(&mut self) {
         self.vcpu.resumed();
+    }
+
+    fn retired(&self) -> Option<u64> {
+        self.vcpu.retired()
+    }
+
+    fn set_limit(&mut self, limit: Option<u64>) {
+        self.vcpu.set_limit(limit);
+    }
+
+    fn on_taken(&mut self, told: Option<OnTaken>) {
+        self.vcpu.on_taken(told);
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

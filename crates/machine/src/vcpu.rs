@@ -12,6 +12,7 @@ use crate::board::Board;
 use crate::ending::{End, Ending};
 use crate::gate::Gate;
 use crate::stats::{ExitStats, Kind};
+use crate::virtual_time::Pace;
 use crate::wake::Wake;
 
 /// One vCPU and what belongs to it.
@@ -77,6 +78,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) board: &'a Board,
     pub(crate) gate: &'a Gate,
     pub(crate) ending: &'a Ending,
+    /// Where time is counted in instructions.
+    pub(crate) pace: Option<Pace<'a>>,
     /// The vCPU, at rest now, met a condition of the debugger. Says whether a debugger takes care of it.
     pub(crate) debug: &'a dyn Fn(usize, DebugEvent) -> bool,
     /// Lets this vCPU go on after nobody took care of it.
@@ -114,6 +117,9 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
             slot.wake.kick_engine();
         }
         slot.wake.clear();
+        if let Some(pace) = around.pace {
+            pace.set(&mut **vcpu);
+        }
         account.enter(Phase::Guest, end);
         let exit = match vcpu.run(answer) {
             Ok(exit) => exit,
@@ -126,6 +132,7 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
         answer = Answer::None;
         complete = true;
         match exit {
+            Exit::Limit => {}
             Exit::Interrupted => {
                 if account.wants() {
                     account.give(vcpu.glance());
@@ -134,7 +141,9 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
             Exit::Halt => {
                 account.sleeps(vcpu.glance().interrupts_enabled);
                 let not_now = || around.gate.attention(slot.index) || around.ending.is_set();
-                slot.wake.sleep(not_now);
+                if !around.pace.is_some_and(Pace::skip) {
+                    slot.wake.sleep(not_now);
+                }
             }
             Exit::Shutdown => {
                 let rip = linear_rip(&vcpu.state());

@@ -19,6 +19,7 @@ use crate::ending::{End, Ending};
 use crate::gate::Gate;
 use crate::stats::{ExitStats, TimerStats, VcpuStats};
 use crate::vcpu::{Slot, Surroundings, run_loop};
+use crate::virtual_time::Pace;
 
 /// Asked when a vCPU meets a condition of the debugger: whether a debugger takes care of it.
 pub(crate) type DebugHook = Arc<dyn Fn(usize, DebugEvent) -> bool + Send + Sync>;
@@ -154,11 +155,19 @@ impl Vm {
                 self.resume_time(ResumePolicy::Freeze);
             }
         }
+        if self.queue.base().is_counted() {
+            // The vCPU's thread serves the timers, and the host's clock is no measure of what a vCPU does.
+            return self.spawn_vcpus();
+        }
         self.spawn("timers".into(), |vm| vm.queue.serve())?;
         self.spawn("doctor".into(), |vm| {
             let (slots, queue, diary, window) = (&vm.slots, &vm.queue, &vm.diary, vm.lockup);
             Doctor { slots, queue, diary, window }.work(&vm.bell);
         })?;
+        self.spawn_vcpus()
+    }
+
+    fn spawn_vcpus(self: &Arc<Vm>) -> std::io::Result<()> {
         let Some(board) = self.devices().as_ref().map(|devices| Arc::clone(&devices.board)) else {
             return Ok(());
         };
@@ -186,6 +195,7 @@ impl Vm {
             board,
             gate: &self.gate,
             ending: &self.ending,
+            pace: Pace::of(&self.queue),
             debug: &*self.debug,
             release: &|index| self.release(&|n| n == index),
         };

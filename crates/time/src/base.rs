@@ -22,8 +22,10 @@ pub enum ResumePolicy {
 enum Source {
     /// The host TSC, at its own rate.
     Tsc,
-    /// Set by hand: for tests and, later, for deterministic time.
+    /// Set by hand: for tests.
     Manual(AtomicU64),
+    /// Moved by the one vCPU, by 1 ns for each instruction that it retires, and by the machine while that is halted.
+    Counted(AtomicU64),
 }
 
 /// How the guest's time-stamp counter relates to the host's (Xen's `tsc_mode`).
@@ -101,6 +103,13 @@ impl TimeBase {
         Self::build(Source::Manual(AtomicU64::new(0)), 1_000_000_000, wall, config)
     }
 
+    /// A base that is a function of what the guest does ([`TimeBase::is_counted`]), at 1 GHz TSC, from the epoch
+    /// `wall`. It does not ask the host's clock.
+    #[must_use]
+    pub fn counted(wall: Nanos, config: TimeConfig) -> Arc<TimeBase> {
+        Self::build(Source::Counted(AtomicU64::new(0)), 1_000_000_000, wall, config)
+    }
+
     fn build(source: Source, hz: u64, wall: Nanos, config: TimeConfig) -> Arc<TimeBase> {
         let noted = config.may_lag || config.tsc == TscMode::Emulate;
         Arc::new(TimeBase {
@@ -121,13 +130,13 @@ impl TimeBase {
     fn raw(&self) -> u64 {
         match &self.source {
             Source::Tsc => host::tsc(),
-            Source::Manual(ticks) => ticks.load(Ordering::Acquire),
+            Source::Manual(ticks) | Source::Counted(ticks) => ticks.load(Ordering::Acquire),
         }
     }
 
-    /// Moves a manual base forward; does nothing to one that follows the host.
+    /// Moves a manual or counted base forward; does nothing to one that follows the host.
     pub fn advance(&self, by: Nanos) {
-        if let Source::Manual(ticks) = &self.source {
+        if let Source::Manual(ticks) | Source::Counted(ticks) = &self.source {
             ticks.fetch_add(by.0, Ordering::AcqRel);
         }
     }
@@ -248,6 +257,12 @@ impl TimeBase {
     #[must_use]
     pub fn follows_host(&self) -> bool {
         matches!(self.source, Source::Tsc)
+    }
+
+    /// Whether a retired instruction is a nanosecond of guest time: the engine moves the base before anybody can look.
+    #[must_use]
+    pub fn is_counted(&self) -> bool {
+        matches!(self.source, Source::Counted(_))
     }
 
     /// Whether guest time runs.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use wardian_machine::{
     Config, ConfigError, CpuCount, DebugAddress, DiskArg, Endpoint, EngineChoice, LockupSeconds, MemorySize,
-    ModuleArg, OnResume, TimerPolicies, TscModeArg,
+    ModuleArg, OnResume, TimeSource, TimerPolicies, TscModeArg,
 };
 
 const STATUSES: &str = "\
@@ -109,6 +109,15 @@ pub(crate) struct Run {
     /// End at a reset instead of starting anew.
     #[arg(long)]
     no_reboot: bool,
+    /// What guest time follows: host (its clock) or virtual (1 ns for each instruction that the one vCPU
+    /// retires, no time while it is halted: two runs take the same timer interrupts at the same instructions)
+    /// [default: host].
+    #[arg(long, value_name = "SOURCE")]
+    time: Option<TimeSource>,
+    /// Write each interrupt that the guest takes in virtual time to this file: instructions retired, guest time,
+    /// address, vector.
+    #[arg(long, value_name = "FILE")]
+    trace_interrupts: Option<PathBuf>,
     /// What becomes of timer ticks that the guest could not take in time: delay, replay, replay-slew, sync,
     /// late-one or async, for all timers or for pit, rtc, hpet or lapic (rtc=replay-slew); may be repeated
     /// [default: late-one].
@@ -169,6 +178,8 @@ impl Run {
             gdb: gdb.transpose()?,
             gdb_wait: self.gdb_wait,
             no_reboot: self.no_reboot,
+            time: self.time,
+            trace_interrupts: self.trace_interrupts,
             timer_policy: self
                 .timer_policy
                 .into_iter()

@@ -40,7 +40,7 @@ impl Emit<'_> {
             // Patched to the target once that exists.
             self.c.put(&[0xe9, 0, 0, 0, 0]);
             let site = self.c.pos() - 4;
-            self.cold.push(Cold::Edge { site, target, save: false });
+            self.cold.push(Cold::Edge { site, target, save: false, left: 0 });
         } else {
             self.c.mov_imm(T0, target);
             self.c.jump_slot(ctx::jumps(self.mode.view()), ctx::jump_slot(target));
@@ -184,7 +184,7 @@ impl Emit<'_> {
         let site = self.c.pos();
         self.c.put(&[0; 4]);
         let save = live != 0 && self.loc == Loc::Eflags;
-        self.cold.push(Cold::Edge { site, target, save });
+        self.cold.push(Cold::Edge { site, target, save, left: self.left.saturating_sub(1) });
     }
 
     /// To the linear address in R13. Flags that are live must have been saved.
@@ -283,7 +283,8 @@ impl Emit<'_> {
             self.c.probe(size as u16, tag, ctx::addend(view))
         };
         let back = self.c.pos();
-        self.cold.push(Cold::Access { site, access, tag: (!checked).then_some(tag), back, tail: None });
+        let (tag, left) = ((!checked).then_some(tag), self.left);
+        self.cold.push(Cold::Access { site, access, tag, back, tail: None, left });
         self.cold.len() - 1
     }
 
@@ -305,13 +306,19 @@ impl Emit<'_> {
                 self.c.call(load);
                 self.c.jmp(back);
             }
-            Cold::Edge { site, target, save } => {
+            Cold::Budget { site, count, rip } => {
+                self.c.memory().patch(site, here);
+                self.c.give_back(count);
+                self.leave(Leave::Budget, rip);
+            }
+            Cold::Edge { site, target, save, left } => {
                 self.c.memory().patch(site, here);
                 self.loc = Loc::Eflags;
                 let mut chain = site;
                 if save {
                     self.c.save_flags();
                 }
+                self.c.give_back(left);
                 if self.mode.single() {
                     self.leave(Leave::Completed, target);
                     return;
@@ -321,7 +328,7 @@ impl Emit<'_> {
                     self.c.jump_slot(ctx::jumps(self.mode.view()), ctx::jump_slot(target));
                     return;
                 }
-                if save {
+                if save || left != 0 {
                     self.c.put(&[0xe9, 0, 0, 0, 0]); // to the next instruction until chained
                     chain = self.c.pos() - 4;
                 }
@@ -330,10 +337,13 @@ impl Emit<'_> {
                 let leave = self.thunks.leave[Leave::Chain as usize];
                 self.c.jmp(leave);
             }
-            Cold::Access { site, access, tag, back, tail } => {
+            Cold::Access { site, access, tag, back, tail, left } => {
                 self.c.memory().patch(site, here);
                 if let Some(tag) = tag {
                     self.c.xor_tag(tag);
+                }
+                if left != 0 {
+                    self.c.note_left(left);
                 }
                 self.c.put(&[0x49, 0xbe]); // mov r14, imm64
                 self.c.put(&access.0.to_le_bytes());
@@ -359,6 +369,7 @@ impl Emit<'_> {
                     if save {
                         self.c.save_flags();
                     }
+                    self.c.give_back(left.saturating_sub(1));
                     match next {
                         Next::Linear(rip) => self.c.mov_imm(T0, rip),
                         Next::Scratch => self.c.load(T0, scratch(0)),

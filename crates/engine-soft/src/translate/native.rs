@@ -252,7 +252,8 @@ impl Emit<'_> {
         }
         let pointer = if memory { Some(if merged { map(T0, self) } else { T0 }) } else { None };
         if info.may_fault {
-            self.marks.push(Mark { host: self.c.pos(), flags_live: self.loc != Loc::Slot, rip });
+            let flags_live = self.loc != Loc::Slot;
+            self.marks.push(Mark { host: self.c.pos(), flags_live, left: self.left, rip });
         }
         self.copy(&raw, &regs, pointer, merged, op, source, high);
         if let Some(r) = lent {

@@ -114,6 +114,28 @@ impl FromStr for TscModeArg {
     }
 }
 
+/// What guest time follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeSource {
+    /// The host's clock.
+    Host,
+    /// The instructions that the guest retires.
+    Virtual,
+}
+
+impl FromStr for TimeSource {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<TimeSource, ConfigError> {
+        match text {
+            "host" => Ok(TimeSource::Host),
+            "virtual" => Ok(TimeSource::Virtual),
+            _ => Err(bad("source of guest time", text, "give host or virtual")),
+        }
+    }
+}
+
+by_text!(TimeSource, "host or virtual");
 by_text!(TimerPolicies, "a timer policy such as \"late-one\" or \"replay,rtc=replay-slew\"");
 by_text!(TscModeArg, "default, emulate or native");
 

@@ -120,3 +120,40 @@ fn ins_asks_only_when_it_can_store() {
     core.sys.tr.limit = 0;
     assert_eq!(run(&mut core, &[0x6c]), exception(13, Some(0)));
 }
+
+#[test]
+fn io_breakpoints_watch_ports() {
+    let mut core = core16();
+    let out = |core: &mut Core, port: u64, insn: &[u8]| {
+        core.set_gpr(RDX, port);
+        core.watch_hit = 0;
+        complete(core, insn, |_| 0).expect("in or out");
+        std::mem::take(&mut core.watch_hit)
+    };
+    let (out_al, out_ax, in_eax): (&[u8], &[u8], &[u8]) = (&[0xee], &[0xef], &[0x66, 0xed]);
+    // DR1: two ports from 3F8h on, enabled globally; DR2: four, enabled locally; DR3: likewise, not enabled.
+    core.sys.dr = [0, 0x3f9, 0x3fa, 0x3f8];
+    core.sys.dr7 = 0x400 | 1 << 3 | 1 << 4 | 0b0110 << 20 | 0b1110 << 24 | 0b0010 << 28;
+    assert_eq!(out(&mut core, 0x3f8, out_al), 0, "not without CR4.DE");
+    core.sys.cr4 |= wardian_cpu::bits::cr4::DE;
+    assert_eq!(out(&mut core, 0x3f8, out_al), 6);
+    assert_eq!(out(&mut core, 0x3f9, out_ax), 6);
+    assert_eq!(out(&mut core, 0x3fb, out_al), 4);
+    assert_eq!(out(&mut core, 0x3fc, out_al), 0);
+    assert_eq!(out(&mut core, 0x3f7, out_al), 0);
+    assert_eq!(out(&mut core, 0x3f7, out_ax), 6, "over the edge");
+    assert_eq!(out(&mut core, 0x3f5, in_eax), 6);
+    assert_eq!(out(&mut core, 0x3f4, in_eax), 0);
+    // Every bit of the register counts, and nothing wraps.
+    core.sys.dr[1] = 1 << 16 | 0x80;
+    core.sys.dr[2] = !0;
+    assert_eq!(out(&mut core, 0x80, out_al), 0);
+    assert_eq!(out(&mut core, 0xffff, out_al), 0);
+    // A faulting access has hit nothing.
+    let mut core = user(0xffff, 0x67);
+    core.sys.cr4 |= wardian_cpu::bits::cr4::DE;
+    (core.sys.dr[0], core.sys.dr7) = (0x60, 0x400 | 2 | 2 << 16);
+    core.set_gpr(RDX, 0x60);
+    assert_eq!(run(&mut core, IN_AL_DX), exception(13, Some(0)));
+    assert_eq!(core.watch_hit, 0);
+}
