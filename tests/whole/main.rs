@@ -10,6 +10,7 @@ mod stolen;
 mod terminal;
 mod tiny;
 mod userland;
+mod virtual_time;
 
 /// The value, or the end of the test with the reason why it cannot run.
 macro_rules! or_skip {

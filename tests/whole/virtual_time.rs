@@ -1,0 +1,67 @@
+//! Virtual time: what a guest does is a function of the guest alone.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use wardian_tests::{Run, tiny};
+
+/// Runs the clock of timer interrupts for a second of its own time; what was taken when, and what it said.
+fn run(folder: &Path, line: &str) -> (String, String) {
+    let kernel = tiny("tick");
+    let trace = folder.join("interrupts");
+    let line = format!("{line} seconds=1");
+    let run = Run::default().limit(120).args(["--time", "virtual", "--memory", "64M", "--debug-exit"]);
+    let ended = run
+        .args(["--serial", "none", "--cmdline", &line, "--kernel"])
+        .args([kernel.as_os_str(), "--trace-interrupts".as_ref(), trace.as_os_str()])
+        .run();
+    assert_eq!(ended.code(), Some(1), "{line}: {}", ended.serial);
+    (std::fs::read_to_string(&trace).expect("a trace"), ended.serial.clone())
+}
+
+/// Calls `f` for each of `runs`; during every other one the host has something else to do as well.
+fn disturbed(runs: usize, mut f: impl FnMut(usize)) {
+    for n in 0..runs {
+        let over = AtomicBool::new(n % 2 == 0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !over.load(Relaxed) {
+                        std::hint::spin_loop();
+                    }
+                });
+            }
+            f(n);
+            over.store(true, Relaxed);
+        });
+    }
+}
+
+fn same(line: &str, runs: usize, ticks: usize) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut first = None;
+    disturbed(runs, |n| {
+        let seen = run(folder.path(), line);
+        // A head line, and at the edges of the second one tick more or less.
+        let taken = seen.0.lines().count();
+        assert!((ticks..ticks + 5).contains(&taken), "{line}: {taken} lines");
+        let want = first.get_or_insert_with(|| seen.clone());
+        if let Some((a, b)) = seen.0.lines().zip(want.0.lines()).find(|(a, b)| a != b) {
+            panic!("{line}: run {n} differs: {a}, not {b}");
+        }
+        assert_eq!(seen, *want, "{line}: run {n}");
+    });
+}
+
+#[test]
+fn a_hundred_runs_take_the_same_interrupts_at_the_same_instructions() {
+    same("device=lapic hz=250 mode=compensate load=job", 100, 250);
+}
+
+#[test]
+fn every_timer_is_as_exact() {
+    same("device=pit hz=1000 mode=count load=spin", 4, 1000);
+    same("device=rtc hz=1024 mode=count load=spin", 4, 1024);
+    same("device=hpet hz=100 mode=compensate load=idle", 4, 100);
+    same("device=lapic hz=1000 mode=count load=idle", 4, 1000);
+}
