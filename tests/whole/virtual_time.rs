@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use wardian_tests::{Run, tiny};
+use wardian_tests::{Debian, Kernel, Run, tiny};
+
+use crate::or_skip;
 
 /// Runs the clock of timer interrupts for a second of its own time; what was taken when, and what it said.
 fn run(folder: &Path, line: &str) -> (String, String) {
@@ -56,6 +58,32 @@ fn same(line: &str, runs: usize, ticks: usize) {
 #[test]
 fn a_hundred_runs_take_the_same_interrupts_at_the_same_instructions() {
     same("device=lapic hz=250 mode=compensate load=job", 100, 250);
+}
+
+/// With nothing from outside, and no random numbers of the host's processor, not even the kernel's random base differs.
+#[test]
+fn a_stock_kernel_boots_the_same_way() {
+    let kernel = or_skip!(Debian::shell(Kernel::Cloud)).kernel_image().to_owned();
+    let folder = tempfile::tempdir().expect("a folder");
+    let trace = folder.path().join("interrupts");
+    let mut first = None;
+    disturbed(3, |n| {
+        let run = Run::default().args(["--time", "virtual", "--cpu", "host,-rdrand,-rdseed", "--no-reboot"]);
+        let ended = run
+            .args(["--cmdline", "console=ttyS0 panic=-1", "--kernel"])
+            .args([kernel.as_os_str(), "--trace-interrupts".as_ref(), trace.as_os_str()])
+            .run();
+        // There is no root to mount: the kernel gets that far, and resets the machine.
+        assert!(ended.serial.contains("Unable to mount root fs"), "{}", ended.serial);
+        let seen = (std::fs::read_to_string(&trace).expect("a trace"), ended.serial.clone());
+        assert!(seen.0.lines().count() > 100, "{}", seen.0);
+        let want = first.get_or_insert_with(|| seen.clone());
+        let lines = seen.1.lines().chain(seen.0.lines()).zip(want.1.lines().chain(want.0.lines()));
+        if let Some((a, b)) = lines.into_iter().find(|(a, b)| a != b) {
+            panic!("run {n} differs: {a}, not {b}");
+        }
+        assert_eq!(seen, *want, "run {n}");
+    });
 }
 
 #[test]

@@ -737,7 +737,7 @@ impl Vcpu for SoftVcpu {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let c = &self.core.counters;
-        vec![
+        let mut all = vec![
             ("translations", c.translations),
             ("translated_instructions", c.translated_instructions),
             ("code_bytes", u64::from(self.translator.used())),
@@ -755,8 +755,9 @@ impl Vcpu for SoftVcpu {
             ("interrupts", c.interrupts),
             ("nmis", c.nmis),
             ("exits", c.exits),
-            ("retired_instructions", if self.translator.counting { self.core.retired() } else { 0 }),
-        ]
+        ];
+        all.extend(self.retired().map(|count| ("retired_instructions", count)));
+        all
     }
 }
 
