@@ -256,6 +256,7 @@ fn table(outcomes: &[Outcome]) -> String {
             Complaint::RcuStall,
             Complaint::HungTask,
             Complaint::Clock,
+            Complaint::SlowClock,
         ] {
             let count =
                 outcome.said.iter().flat_map(|said| &said.complaints).filter(|c| c.0 == complaint).count();
