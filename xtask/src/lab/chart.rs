@@ -81,9 +81,8 @@ fn panels(outcomes: &[Outcome]) -> Vec<Panel> {
         // The longest cells show most. Of several loads, timers and seeds one stands for all.
         keep_least(&mut cells, |o| std::cmp::Reverse(o.cell.seconds));
         keep_least(&mut cells, |o| LOADS.iter().position(|load| *load == o.cell.load));
-        if one {
-            keep_least(&mut cells, |o| o.cell.device);
-        }
+        let timer = cells.iter().map(|o| o.cell.device).min();
+        cells.retain(|o| Some(o.cell.device) == timer || o.cell.device == Device::Any);
         keep_least(&mut cells, |o| o.cell.seed);
         let Some(load) = cells.first().map(|o| o.cell.load) else { continue };
         let device = match cells[0].cell.device {

@@ -169,13 +169,27 @@ mod tests {
     }
 
     #[test]
-    fn a_stopped_process_is_stopped_as_long_as_told() {
+    fn a_train_stops_a_process_and_leaves_it_running() {
         let child = Command::new("sleep").arg("30").spawn().unwrap();
         let child = Owned(child);
-        let stolen =
-            steal(child.0.id(), signals(Load::Stop), Instant::now(), &[(0.0, 0.02), (0.03, 0.05)], &|| false);
-        // Not shorter; longer on a busy host.
-        assert!(stolen >= 0.04, "{stolen}");
-        assert_eq!(steal(child.0.id(), signals(Load::Stop), Instant::now(), &[(0.0, 9.0)], &|| true), 0.0);
+        let state = || {
+            let told = std::fs::read_to_string(format!("/proc/{}/stat", child.0.id())).unwrap();
+            told.rsplit(") ").next().unwrap().chars().next().unwrap()
+        };
+        let began = Instant::now();
+        let (stopped, seen) = std::thread::scope(|scope| {
+            let pid = child.0.id();
+            let train = scope.spawn(move || steal(pid, signals(Load::Stop), began, &[(0.0, 0.5)], &|| false));
+            let mut seen = false;
+            while !train.is_finished() {
+                seen |= state() == 'T';
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            (train.join().unwrap(), seen)
+        });
+        assert!(seen && stopped > 0.0 && stopped <= began.elapsed().as_secs_f64(), "{stopped}");
+        assert_ne!(state(), 'T');
+        let over = steal(child.0.id(), signals(Load::Stop), Instant::now(), &[(0.0, 9.0)], &|| true);
+        assert_eq!(over, 0.0);
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// A ring that took longer tells little about the moment.
-const UNDISTURBED_NS: u64 = 60_000;
+pub const UNDISTURBED_NS: u64 = 60_000;
 /// The guests ring more often during so many seconds at the end.
 const LAST: f64 = 1.2;
 
