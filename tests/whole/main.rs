@@ -5,6 +5,7 @@ mod boots;
 mod disks;
 mod gdb;
 mod input;
+mod lockstep;
 mod pauses;
 mod stolen;
 mod terminal;

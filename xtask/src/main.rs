@@ -10,7 +10,7 @@ mod bench;
 mod guest;
 mod guests;
 mod lab;
-mod lockup;
+mod lockstep;
 mod run;
 mod start;
 mod stress;
@@ -38,6 +38,8 @@ enum Command {
     Guests(guests::Args),
     /// Measure what the machine does to a guest's time.
     Lab(lab::Args),
+    /// Step through a bare-metal guest beside QEMU's translator and compare every register.
+    Lockstep(lockstep::Args),
     /// Do the same many times over, to find what fails only now and then.
     Stress(stress::Args),
     /// Boot a stock guest to a shell on this terminal.
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Guest(args) => guest::main(&args),
         Command::Guests(args) => guests::main(&args),
         Command::Lab(args) => lab::main(&args),
+        Command::Lockstep(args) => lockstep::main(&args),
         Command::Stress(args) => stress::main(&args),
         Command::Run(args) => start::main(&args),
         Command::Test(args) => test::main(&args),

@@ -399,7 +399,11 @@ impl SoftVcpu {
                 self.core.journal.clear();
                 self.core.journal_fault = false;
                 self.core.counters.exceptions += 1;
-                sys::deliver(&mut self.core, Event::Exception(exception)).err().map(|_| self.shutdown())
+                if sys::deliver(&mut self.core, Event::Exception(exception)).is_err() {
+                    return Some(self.shutdown());
+                }
+                // A debugger's step over a fault ends at the handler.
+                self.single().then_some(Exit::Debug(DebugEvent::Step))
             }
             Err(Trap::Alone) => {
                 self.core.begin_alone();
