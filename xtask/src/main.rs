@@ -11,6 +11,7 @@ mod guest;
 mod guests;
 mod lab;
 mod lockstep;
+mod lockup;
 mod run;
 mod start;
 mod stress;
