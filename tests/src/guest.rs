@@ -176,7 +176,13 @@ pub fn well_ended(ended: &Ended) {
     assert_eq!(ended.code(), Some(0), "the guest powers off");
     let messages: Vec<&str> = ended.stderr.lines().filter(|line| !line.contains("Engine ")).collect();
     // What the host does to the machine is no fault of it.
-    let expected = ["Debuggers may attach", "the host did not run it", "The process was stopped", "Paused", "Goes on after"];
+    let expected = [
+        "Debuggers may attach",
+        "the host did not run it",
+        "The process was stopped",
+        "Paused",
+        "Goes on after",
+    ];
     assert!(
         messages.iter().all(|line| expected.iter().any(|text| line.contains(text))),
         "Wardian has nothing to say but its engine: {messages:?}"

@@ -48,8 +48,11 @@ fn the_doorbell_tells_what_a_clock_of_ticks_shows() {
         .run();
     assert_eq!(ended.code(), Some(1));
     let text = std::fs::read_to_string(&rings).unwrap();
-    let rows: Vec<Vec<i64>> =
-        text.lines().skip(1).map(|line| line.split(',').map(|word| word.parse().unwrap()).collect()).collect();
+    let rows: Vec<Vec<i64>> = text
+        .lines()
+        .skip(1)
+        .map(|line| line.split(',').map(|word| word.parse().unwrap()).collect())
+        .collect();
     // The first, one after a second, some in the last second, two at the end.
     assert!(rows.len() >= 6, "{text}");
     // raw, guest, sequence, ticks, passes, lost, length of the ring, clock.

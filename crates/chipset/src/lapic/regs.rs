@@ -4,8 +4,8 @@ use wardian_irq::Delivery;
 use wardian_time::{Grid, Nanos, Tick, TickConfig, TimeBase};
 
 use super::message::{Ipi, Message, Mode};
-use crate::edge_ticks::tick_values;
 use super::{LAPIC_BASE, MsrFault};
+use crate::edge_ticks::tick_values;
 
 /// Register numbers: the xAPIC offset divided by 16, the x2APIC MSR minus 800h (Intel SDM vol. 3A,
 /// tables 11-1 and 11-6).
