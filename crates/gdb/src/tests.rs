@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
 
-use wardian_cpu::{Answer, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Vcpu};
+use wardian_cpu::{Answer, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Glance, Vcpu};
 use wardian_irq::Kick;
 use wardian_memory::{Gpa, GuestMemory};
 
@@ -78,6 +78,10 @@ impl Vcpu for Toy {
     fn state(&mut self) -> CpuState {
         self.state.clone()
     }
+    fn glance(&mut self) -> Glance {
+        Glance { rip: self.state.rip, ..Glance::default() }
+    }
+
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.state = state.clone();
         Ok(())
