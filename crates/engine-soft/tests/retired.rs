@@ -214,8 +214,11 @@ fn steps() -> Vec<Look> {
     let mut g = guest();
     g.vcpu.set_debug(&DebugRequest { single_step: true, ..DebugRequest::default() });
     let mut all = Vec::new();
+    let mut faults = 0;
     loop {
         match g.run() {
+            // A step over a fault ends at the handler, and nothing has retired.
+            Exit::Debug(DebugEvent::Step) if g.retired() == all.len() as u64 => faults += 1,
             Exit::Debug(DebugEvent::Step) => {
                 all.push(g.look());
                 assert!(all.len() < 5000, "the program does not end");
@@ -223,6 +226,7 @@ fn steps() -> Vec<Look> {
             }
             Exit::Halt => {
                 assert!(all.len() > 500, "only {} steps", all.len());
+                assert!((1..100).contains(&faults), "{faults} faults");
                 return all;
             }
             other => panic!("{other:?} after {} steps", all.len()),
