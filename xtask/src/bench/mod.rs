@@ -1,16 +1,20 @@
 //! `cargo xtask bench`: our machine beside QEMU's translator and this machine itself.
 //!
-//! *Comes in*: the stock guest, our program, QEMU. *Goes out*: a table on standard output, figures as JSON, an
-//! exit status that tells whether the floors are kept.
+//! *Comes in*: the stock guest, our program, QEMU. *Goes out*: a table on standard output, figures as JSON, a
+//! chart; of `bench boot`, an exit status that tells whether the floors are kept.
 //!
 //! **Architecture Invariant:** all machines run the same kernel, initial RAM disk, command line and script on
 //! copies of the same disk, in turn (A B A B), so that what the host does meanwhile meets them alike.
 
+mod chart;
+mod counters;
 pub mod footprint;
 mod native;
 mod report;
 mod steps;
+mod table;
 pub mod vm;
+mod whole;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -27,9 +31,13 @@ use self::vm::{Machine, Ran, Vmm};
 use crate::run::{Step, need, output, which};
 
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
     #[command(subcommand)]
-    what: What,
+    what: Option<What>,
+    /// Without a subcommand: the whole bench.
+    #[command(flatten)]
+    whole: whole::Whole,
 }
 
 #[derive(Subcommand)]
@@ -79,18 +87,9 @@ struct Boot {
 }
 
 pub fn main(args: &Args) -> Result<()> {
-    let What::Boot(args) = &args.what;
-    let all = steps::all();
-    for name in args.only.iter().filter(|name| *name != BOOT) {
-        if !all.iter().any(|step| step.name == name) {
-            let names: Vec<&str> = all.iter().map(|step| step.name).collect();
-            bail!("There is no step {name}; there are {BOOT}, {}", names.join(", "));
-        }
-    }
-    let steps: Vec<&steps::Step> = all
-        .iter()
-        .filter(|step| args.only.is_empty() || args.only.iter().any(|name| name == step.name))
-        .collect();
+    let Some(What::Boot(args)) = &args.what else { return whole::main(&args.whole) };
+    let all: Vec<steps::Step> = steps::all().into_iter().filter(|step| step.gate).collect();
+    let steps = chosen(&all, &args.only)?;
     need(&[("qemu-system-x86_64", "qemu-system-x86"), ("debugfs", "e2fsprogs")])?;
     let qemu = which("qemu-system-x86_64").context("qemu-system-x86_64 is missing")?;
     let bench = Bench::prepare(args, &steps, qemu)?;
@@ -111,6 +110,40 @@ pub fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Those of `all` that are asked for; all of them unless any is.
+fn chosen<'a>(all: &'a [steps::Step], only: &[String]) -> Result<Vec<&'a steps::Step>> {
+    for name in only.iter().filter(|name| *name != BOOT) {
+        if !all.iter().any(|step| step.name == name) {
+            let names: Vec<&str> = all.iter().map(|step| step.name).collect();
+            bail!("There is no step {name}; there are {BOOT}, {}", names.join(", "));
+        }
+    }
+    Ok(all.iter().filter(|step| only.is_empty() || only.iter().any(|name| name == step.name)).collect())
+}
+
+/// The folder beside the guest's disk where the disks of a bench lie, and the lock that keeps it to one.
+fn place(disk: &Path) -> Result<(PathBuf, File)> {
+    let place = disk.with_file_name("bench");
+    fs::create_dir_all(&place).with_context(|| format!("Cannot create {}", place.display()))?;
+    let lock = File::create(place.join("lock"))?;
+    lock.lock().context("Cannot lock the place of the benchmark")?;
+    Ok((place, lock))
+}
+
+/// The first line that a program tells of its version.
+fn version(program: &Path) -> Result<String> {
+    let told = output(Command::new(program).arg("--version"))?;
+    Ok(told.lines().next().unwrap_or_default().trim().to_owned())
+}
+
+/// Puts the file `from` into the disk image.
+fn write_into(disk: &Path, from: &Path, to: &str) -> Result<()> {
+    // debugfs splits its commands at blanks unless they are quoted.
+    let write = format!("write \"{}\" {to}", from.display());
+    output(Command::new("debugfs").args(["-w", "-R", &write]).arg(disk))?;
+    Ok(())
+}
+
 /// The place of the script in the guest's root.
 const SCRIPT: &str = "/root/bench.sh";
 
@@ -126,6 +159,9 @@ struct Bench<'a> {
     _lock: File,
 }
 
+/// What the row of the boot is.
+const BOOT_WHAT: &str = "start of the process to the guest's init script";
+
 /// All that came of the runs.
 #[derive(Default)]
 struct Runs {
@@ -139,12 +175,8 @@ impl<'a> Bench<'a> {
     fn prepare(args: &'a Boot, steps: &'a [&'a steps::Step], qemu: PathBuf) -> Result<Bench<'a>> {
         let guest = vm::guest()?;
         let program = vm::wardian(args.wardian.as_deref())?;
-        let version = output(Command::new(&qemu).arg("--version"))?;
-        let version = version.lines().next().unwrap_or("QEMU").trim().to_owned();
-        let place = guest.disk.with_file_name("bench");
-        fs::create_dir_all(&place).with_context(|| format!("Cannot create {}", place.display()))?;
-        let lock = File::create(place.join("lock"))?;
-        lock.lock().context("Cannot lock the place of the benchmark")?;
+        let version = version(&qemu)?;
+        let (place, lock) = place(&guest.disk)?;
         if let Some(logs) = &args.logs {
             fs::create_dir_all(logs).with_context(|| format!("Cannot create {}", logs.display()))?;
         }
@@ -167,8 +199,7 @@ impl<'a> Bench<'a> {
         fs::write(&script, steps::SCRIPT)?;
         let [ours, qemus] = [self.place.join("ours.img"), self.place.join("qemu.img")];
         vm::copy_disk(&self.guest.disk, &ours)?;
-        let write = format!("write \"{}\" {SCRIPT}", script.display());
-        output(Command::new("debugfs").args(["-w", "-R", &write]).arg(&ours))?;
+        write_into(&ours, &script, SCRIPT)?;
         vm::copy_disk(&ours, &qemus)?;
         let root = self.place.join("root");
         if self.args.native {
@@ -188,7 +219,11 @@ impl<'a> Bench<'a> {
             if self.args.native {
                 let step = Step::begin(told("native"));
                 let names: Vec<&str> = self.steps.iter().map(|step| step.name).collect();
-                let ran = vm::run_command(&mut native::command(&root, SCRIPT, &names), self.limit(), false)?;
+                let ran = vm::run_command(
+                    &mut native::command(&root, SCRIPT, &names, self.args.cpus),
+                    self.limit(),
+                    false,
+                )?;
                 step.end();
                 let measured = self.measured("native", &ran)?;
                 runs.check(&format!("native, run {turn}"), &ran, &measured);
@@ -232,16 +267,9 @@ impl<'a> Bench<'a> {
     }
 
     fn rows(&self, runs: &Runs) -> Vec<Row> {
-        let boot = steps::Step { name: BOOT, what: "start of the process to the guest's init script" };
-        std::iter::once(&boot)
-            .chain(self.steps.iter().copied())
-            .map(|step| Row {
-                name: step.name.to_owned(),
-                what: step.what.to_owned(),
-                native: report::pick(&runs.native, step.name),
-                qemu: report::pick(&runs.qemu, step.name),
-                wardian: report::pick(&runs.wardian, step.name),
-            })
+        std::iter::once((BOOT, BOOT_WHAT))
+            .chain(self.steps.iter().map(|step| (step.name, step.what)))
+            .map(|(name, what)| runs.row(name, what))
             .collect()
     }
 
@@ -280,6 +308,16 @@ impl<'a> Bench<'a> {
 }
 
 impl Runs {
+    fn row(&self, name: &str, what: &str) -> Row {
+        Row {
+            name: name.to_owned(),
+            what: what.to_owned(),
+            native: report::pick(&self.native, name),
+            qemu: report::pick(&self.qemu, name),
+            wardian: report::pick(&self.wardian, name),
+        }
+    }
+
     fn check(&mut self, told: &str, ran: &Ran, measured: &Measured) {
         if let Err(error) = ran.check() {
             self.faults.push(format!("{told}: {error:#}"));

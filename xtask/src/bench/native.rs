@@ -24,10 +24,15 @@ pub fn extract(disk: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What runs `bash script steps...` in `root`.
-pub fn command(root: &Path, script: &str, steps: &[&str]) -> Command {
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "sh", "-c", ENTER, "sh"]).arg(root).args(["bash", script]).args(steps);
+/// What runs `bash script steps...` in `root` on as many of the host's cores as a machine has vCPUs.
+pub fn command(root: &Path, script: &str, steps: &[&str], cpus: u32) -> Command {
+    let mut command = Command::new("taskset");
+    command.arg("--cpu-list").arg(format!("0-{}", cpus.saturating_sub(1)));
+    command
+        .args(["unshare", "--mount", "sh", "-c", ENTER, "sh"])
+        .arg(root)
+        .args(["bash", script])
+        .args(steps);
     command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     command.envs([("HOME", "/root"), ("LANG", "C.UTF-8"), ("TERM", "vt220")]);
     command

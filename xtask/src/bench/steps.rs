@@ -7,6 +7,9 @@ use serde::Serialize;
 
 use super::vm::{Line, MARKER};
 
+/// The small programs of the script, in C.
+pub const PROGRAMS: &str = include_str!("steps.c");
+
 /// The script; it takes the names of the steps to run.
 pub const SCRIPT: &str = include_str!("steps.sh");
 
@@ -14,6 +17,12 @@ pub const SCRIPT: &str = include_str!("steps.sh");
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Step {
     pub name: &'static str,
+    /// Whether `bench boot` has it.
+    pub gate: bool,
+    /// Its class in the whole bench, when it is there.
+    pub class: Option<&'static str>,
+    /// vCPUs in the whole bench.
+    pub cpus: u32,
     /// What it does, in a few words.
     pub what: &'static str,
 }
@@ -23,7 +32,17 @@ pub fn all() -> Vec<Step> {
     SCRIPT
         .lines()
         .filter_map(|line| line.strip_prefix("step_")?.split_once("() { # "))
-        .map(|(name, what)| Step { name, what })
+        .filter_map(|(name, told)| {
+            let (kinds, what) = told.split_once(": ")?;
+            let words = || kinds.split(' ');
+            Some(Step {
+                name,
+                gate: words().any(|word| word == "gate"),
+                class: words().find(|word| !matches!(*word, "gate" | "2")),
+                cpus: if words().any(|word| word == "2") { 2 } else { 1 },
+                what,
+            })
+        })
         .collect()
 }
 
@@ -102,6 +121,9 @@ mod tests {
         assert_eq!(steps[0].name, "python3");
         assert_eq!(steps[1].name, "gcc");
         assert!(steps.iter().all(|step| !step.what.is_empty()));
+        assert!(steps.iter().all(|step| step.gate || step.class.is_some()));
+        let two: Vec<&str> = steps.iter().filter(|step| step.cpus == 2).map(|step| step.name).collect();
+        assert_eq!(two, ["futex", "pair"]);
         let functions = SCRIPT.lines().filter(|line| line.starts_with("step_")).count();
         assert_eq!(steps.len(), functions, "a step without a description");
     }

@@ -1,5 +1,6 @@
 #!/bin/bash
-# The steps of `cargo xtask bench boot`, in the order of the functions below: bash steps.sh NAME...
+# The steps of `cargo xtask bench`, in the order of the functions below: bash steps.sh NAME...
+# Before the colon: `gate` for those of `bench boot`; a class for those of the whole bench; `2` for 2 vCPUs.
 # Runs in a guest or, for comparison, in a chroot of the same root. Each step prints what it computed, and
 # nothing that differs between machines: the host compares the sums. Its own clock goes out with the markers.
 mkdir -p /tmp/bench /root/bench
@@ -94,20 +95,20 @@ console.log(primes, hash, JSON.parse(text).length, text.length);
 JS
 }
 
-step_python3() { # python3: start, dictionaries, sorting, JSON, regex, floats
+step_python3() { # gate: python3: start, dictionaries, sorting, JSON, regex, floats
     python3 compute.py
 }
-step_gcc() { # gcc -O2 of a small program, and a run of it
+step_gcc() { # gate user: gcc -O2 of a small program, and a run of it
     gcc -O2 -o program program.c -lm && ./program
 }
-step_start() { # ten python3 starts
+step_start() { # gate kernel: ten python3 starts
     for i in 1 2 3 4 5 6 7 8 9 10; do python3 -c "print($i)"; done
 }
-step_openssl() { # openssl: SHA-256 of 20 MB, AES-256-CTR of 20 MB
+step_openssl() { # gate: openssl: SHA-256 of 20 MB, AES-256-CTR of 20 MB
     openssl dgst -sha256 -r large
     openssl enc -aes-256-ctr -K 00 -iv 00 -in large 2> /dev/null | cksum
 }
-step_sqlite() { # sqlite3: 50,000 inserts, an index, queries
+step_sqlite() { # gate user: sqlite3: 50,000 inserts, an index, queries
     rm -f base.db
     sqlite3 base.db "CREATE TABLE t(a INTEGER, b TEXT); BEGIN;
         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50000)
@@ -115,16 +116,16 @@ step_sqlite() { # sqlite3: 50,000 inserts, an index, queries
         SELECT count(*), sum(a), max(b) FROM t WHERE a BETWEEN 100 AND 9000;
         SELECT sum(length(b)) FROM t WHERE b LIKE '%9%';"
 }
-step_perl() { # perl: regular expressions over 12,000 lines
+step_perl() { # gate user: perl: regular expressions over 12,000 lines
     perl regex.pl
 }
-step_node() { # node: start and JIT-compiled loops
+step_node() { # gate user: node: start and JIT-compiled loops
     node loop.js
 }
-step_xz() { # xz -3 of 0.7 MB and back
+step_xz() { # gate user: xz -3 of 0.7 MB and back
     xz -3 -T1 -c part > part.xz && xz -dc part.xz | cksum && cksum < part.xz
 }
-step_fork() { # 300 times fork, exec and wait
+step_fork() { # gate: 300 times fork, exec and wait
     i=0
     while [ $i -lt 300 ]; do
         /bin/true
@@ -132,23 +133,91 @@ step_fork() { # 300 times fork, exec and wait
     done
     echo $i
 }
-step_shell() { # dash: 200,000 turns of a loop
+step_shell() { # gate user: dash: 200,000 turns of a loop
     sh -c 'i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done; echo $i'
 }
-step_syscall() { # dd: 300,000 system calls
+step_syscall() { # gate: dd: 300,000 system calls
     dd if=/dev/zero of=/dev/null bs=1 count=150000 2> /dev/null
     echo done
 }
-step_pipe() { # bytes through three processes by pipes
+step_pipe() { # gate: bytes through three processes by pipes
     head -c 100000000 /dev/zero | tr '\0' 'a' | cksum
 }
-step_disk() { # root disk: 64 MB written and flushed, then read by direct I/O
+step_disk() { # gate: root disk: 64 MB written and flushed, then read by direct I/O
     dd if=/dev/zero of=/root/bench/disk bs=1M count=64 conv=fdatasync 2> /dev/null &&
         dd if=/root/bench/disk of=/dev/null bs=64k iflag=direct 2> /dev/null && echo read
     rm -f /root/bench/disk
 }
 
+# The rest is of the whole bench alone; /root/steps is steps.c, compiled, /root/key an RSA key.
+step_dict() { # user: python3: a loop over a dictionary
+    python3 -c 'd = {}
+for i in range(400000):
+    k = i * 7919 % 5003
+    d[k] = d.get(k, 0) + i
+print(len(d), sum(d.values()))'
+}
+step_sha256() { # user: openssl: SHA-256 of 60 MB
+    cat large large large | openssl dgst -sha256 -r
+}
+step_rsa() { # user: openssl: check of an RSA key of 2048 bits, a signature
+    openssl rsa -in /root/key -check -noout && openssl dgst -sha256 -sign /root/key part | cksum
+}
+step_copy() { # user: memcpy, 40 times 16 MiB
+    /root/steps copy 40
+}
+step_matrix() { # float: 8 SSE2 products of 256 by 256 doubles
+    /root/steps matrix 8
+}
+step_nbody() { # float: n-body, a million steps
+    /root/steps nbody 1000000
+}
+step_getppid() { # kernel: a million getppid
+    /root/steps getppid 1000000
+}
+step_forkwait() { # kernel: 1000 times fork and wait
+    /root/steps forkwait 1000
+}
+step_exec() { # kernel: 500 times /bin/true
+    /root/steps exec 500
+}
+step_pingpong() { # kernel: 20,000 times there and back by pipes
+    /root/steps pingpong 20000
+}
+step_fault() { # kernel: 80,000 page faults (mmap, touch, munmap)
+    /root/steps fault 20
+}
+step_clock() { # kernel: a million clock_gettime
+    /root/steps clock 1000000
+}
+step_futex() { # kernel 2: 10,000 times there and back between two threads by futex
+    /root/steps futex 10000
+}
+step_pair() { # float 2: two n-body jobs of a million steps at once
+    /root/steps nbody 1000000 > second &
+    /root/steps nbody 1000000
+    wait $! && cat second
+}
+step_write() { # disk: 64 MiB written in order and flushed
+    dd if=/dev/zero of=/root/bench/disk bs=1M count=64 conv=fdatasync 2> /dev/null && echo written
+}
+step_read() { # disk: 64 MiB read in order by direct I/O
+    dd if=/root/bench/disk of=/dev/null bs=256k iflag=direct 2> /dev/null && echo read
+}
+step_randread() { # disk: 4000 times 4 KiB read anywhere by direct I/O
+    /root/steps randread 4000 /root/bench/disk
+}
+step_randwrite() { # disk: 4000 times 4 KiB written anywhere by direct I/O, flushed
+    /root/steps randwrite 4000 /root/bench/disk
+}
+
 prepare
+# What the disk's steps use, whichever of them are asked for.
+case " $* " in
+    *" read "* | *" rand"*)
+        dd if=/dev/zero of=/root/bench/disk bs=1M count=64 conv=fdatasync 2> /dev/null
+        ;;
+esac
 for name in "$@"; do
     echo "WARDIAN-BEGIN $name $EPOCHREALTIME"
     "step_$name" > out 2>&1
