@@ -181,6 +181,10 @@ impl Bench<'_> {
         }
         vm::copy_disk(ours, qemus)?;
         if !self.args.no_native {
+            // What a bench that was broken off left.
+            if self.root.exists() {
+                fs::remove_dir_all(&self.root)?;
+            }
             native::extract(ours, &self.root)?;
         }
         step.end();
