@@ -100,10 +100,7 @@ impl TickPort {
     /// An edge on input `gsi`; [`TickSource::taken`] follows when the guest takes it. Where the chip does
     /// not know that, an accepted interrupt counts as taken.
     pub fn edge(&self, gsi: Gsi) -> Delivery {
-        match self.id {
-            Some(id) => self.chip.tick_edge(id, gsi),
-            None => self.chip.tick_edge(TickId(0), gsi),
-        }
+        self.chip.tick_edge(self.id.unwrap_or(TickId(0)), gsi)
     }
 
     /// Whether [`TickSource::taken`] follows an edge.

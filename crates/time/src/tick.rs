@@ -59,7 +59,7 @@ impl Grid {
     }
 
     fn aligned(self) -> Grid {
-        Grid { first: self.first.next_multiple_of(self.every()), ..self }
+        Grid { first: self.first.checked_next_multiple_of(self.every()).unwrap_or(u64::MAX), ..self }
     }
 }
 

@@ -300,7 +300,8 @@ impl Regs {
         };
         if let Some(ahead) = timer.next(counter) {
             // The counter steps at multiples of its period of guest time.
-            let first = (now.0 / PERIOD_NS).saturating_add(ahead) + (line.0 - now.0.min(line.0)) / PERIOD_NS;
+            let lag = line.saturating_sub(now).0 / PERIOD_NS;
+            let first = (now.0 / PERIOD_NS).saturating_add(ahead).saturating_add(lag);
             let grid = Grid { hz: HZ, first, every };
             if due { timer.tick.start_late(grid) } else { timer.tick.start_periodic(grid) }
         }

@@ -297,6 +297,10 @@ fn alignment_rounds_the_first_point_up() {
         tick.next()
     };
     assert_eq!((start(false), start(true)), (Some(at(13)), Some(at(20))));
+    // A guest may set a timer to the end of time.
+    let mut never = Tick::new(TickConfig { policy: TickPolicy::LateOne, align: true });
+    never.start_periodic(Grid { hz: 100_000_000, first: u64::MAX - 1, every: 1000 });
+    assert_eq!(never.next(), Some(Nanos(u64::MAX)));
 }
 
 #[test]
