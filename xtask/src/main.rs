@@ -12,6 +12,7 @@ mod guests;
 mod lab;
 mod lockstep;
 mod lockup;
+mod profile;
 mod run;
 mod start;
 mod stress;
@@ -41,6 +42,8 @@ enum Command {
     Lab(lab::Args),
     /// Step through a bare-metal guest beside QEMU's translator and compare every register.
     Lockstep(lockstep::Args),
+    /// Show where our machine's time goes in one step of the bench.
+    Profile(profile::Args),
     /// Do the same many times over, to find what fails only now and then.
     Stress(stress::Args),
     /// Boot a stock guest to a shell on this terminal.
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Guests(args) => guests::main(&args),
         Command::Lab(args) => lab::main(&args),
         Command::Lockstep(args) => lockstep::main(&args),
+        Command::Profile(args) => profile::main(&args),
         Command::Stress(args) => stress::main(&args),
         Command::Run(args) => start::main(&args),
         Command::Test(args) => test::main(&args),

@@ -2,11 +2,12 @@
 
 use iced_x86::{Instruction, Register};
 use wardian_cpu::Exit;
-use wardian_cpu::bits::{cr0, rflags};
+use wardian_cpu::bits::{cr0, cr4, rflags};
 use wardian_memory::Gpa;
 
 use crate::core::{Core, Privilege, seg};
-use crate::mmu::Want;
+use crate::ctx::View;
+use crate::mmu::{Translation, Want};
 use crate::trap::{Result, Trap};
 
 /// Access sizes by their code in a [`Site`].
@@ -142,7 +143,7 @@ impl Core {
         if !inside {
             return Err(fault());
         }
-        Ok(s.base.wrapping_add(offset) & 0xffff_ffff)
+        Ok(self.c().seg_base[segment].wrapping_add(offset) & 0xffff_ffff)
     }
 
     /// Linear address of `insn`'s memory operand for an access of `size` bytes.
@@ -211,13 +212,38 @@ impl Core {
         if (linear & 0xfff) as usize + len > 4096 {
             return Ok(None);
         }
+        let view = self.view_of(privilege);
+        if let Some(host) = self.mmu.lookup(&self.ctx, view, linear, write) {
+            return Ok(Some(host as *mut u8));
+        }
         let t = self.walk(linear, if write { Want::Write } else { Want::Read }, privilege)?;
         let Some((page, host)) = self.mem.page(Gpa(t.gpa)) else { return Ok(None) };
+        self.fill(view, linear, &t, (page, host));
         if (write && self.mem.code_marks(page) != 0) || (!self.watch.is_empty() && self.page_watched(linear))
         {
             return Ok(None);
         }
         Ok(Some((host + (t.gpa & 0xfff) as usize) as *mut u8))
+    }
+
+    /// The view by whose entries an access by `privilege` goes.
+    #[inline]
+    fn view_of(&self, privilege: Privilege) -> View {
+        match privilege {
+            Privilege::Current => self.view(),
+            Privilege::Supervisor if self.sys.cr4 & cr4::SMAP != 0 => View::Kernel,
+            Privilege::Supervisor => View::KernelUser,
+        }
+    }
+
+    /// Remembers the translation `t` of `linear` to RAM, unless its page is watched.
+    fn fill(&mut self, view: View, linear: u64, t: &Translation, found: (usize, usize)) {
+        if !self.watch.is_empty() && self.page_watched(linear) {
+            return;
+        }
+        let may_write = t.writable && self.mem.code_marks(found.0) == 0;
+        self.mmu.fill(&mut self.ctx, view, linear, t, found, may_write);
+        self.counters.tlb_misses += 1;
     }
 
     fn device_read(&mut self, gpa: u64, out: &mut [u8]) -> Result<()> {
@@ -288,11 +314,24 @@ impl Core {
         if !self.watch.is_empty() {
             self.note_watch(linear, out.len(), false);
         }
+        let view = self.view_of(privilege);
         let mut at = 0;
         while at < out.len() {
             let here = self.wrap(linear, at);
             let len = (out.len() - at).min(4096 - (here & 0xfff) as usize);
+            if let Some(host) = self.mmu.lookup(&self.ctx, view, here, false) {
+                // SAFETY: a TLB entry leads to a live RAM page, in which the piece lies; racing guest writes only make
+                // the bytes read unspecified.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(host as *const u8, out[at..].as_mut_ptr(), len);
+                }
+                at += len;
+                continue;
+            }
             let t = self.walk(here, Want::Read, privilege)?;
+            if let Some(found) = self.mem.page(Gpa(t.gpa)) {
+                self.fill(view, here, &t, found);
+            }
             self.physical_read(t.gpa, &mut out[at..at + len])?;
             at += len;
         }
@@ -347,11 +386,23 @@ impl Core {
         if (linear & 0xfff) as usize + data.len() > 4096 {
             self.probe_write(linear, data.len(), privilege)?;
         }
+        let view = self.view_of(privilege);
         let mut at = 0;
         while at < data.len() {
             let here = self.wrap(linear, at);
             let len = (data.len() - at).min(4096 - (here & 0xfff) as usize);
+            if let Some(host) = self.mmu.lookup(&self.ctx, view, here, true) {
+                // SAFETY: as in `read`; a write entry exists only for pages without translated code.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(data[at..].as_ptr(), host as *mut u8, len);
+                }
+                at += len;
+                continue;
+            }
             let t = self.walk(here, Want::Write, privilege)?;
+            if let Some(found) = self.mem.page(Gpa(t.gpa)) {
+                self.fill(view, here, &t, found);
+            }
             self.physical_write(t.gpa, &data[at..at + len]);
             at += len;
         }
@@ -411,11 +462,9 @@ impl Core {
             let ret = [offset, host as u64];
             let code = write && self.mem.code_marks(page) != 0;
             if !watched {
-                let may_write = t.writable && self.mem.code_marks(page) == 0;
                 let view = self.view();
                 if !site.checked() && !self.alignment_checked() {
-                    self.mmu.fill(&mut self.ctx, view, linear, &t, (page, host), may_write);
-                    self.counters.tlb_misses += 1;
+                    self.fill(view, linear, &t, (page, host));
                 }
             } else {
                 self.note_watch(linear, size, write);

@@ -10,9 +10,11 @@ use wardian_irq::LocalInterrupts;
 use wardian_memory::GuestMemory;
 use wardian_time::TimeBase;
 
-use crate::ctx::{Ctx, CtxBox, View};
+use crate::ctx::{Ctx, CtxBox, VIEWS, View};
 use crate::mmu::Mmu;
+use crate::mode::Mode;
 use crate::shared::{Mailbox, Request, Shared};
+use crate::sys::straight::Straight;
 use crate::trap::Trap;
 use crate::vcpu::Parts;
 
@@ -29,8 +31,8 @@ pub mod seg {
 /// Registers that translated code does not address.
 #[derive(Clone, Debug)]
 pub struct System {
-    /// ES, CS, SS, DS, FS, GS. The bases are mirrored in [`Ctx::seg_base`]: set segments by
-    /// [`Core::set_segment`] only.
+    /// ES, CS, SS, DS, FS, GS: set them by [`Core::set_segment`] only. The bases that count are in [`Ctx::seg_base`];
+    /// that of GS may be out of date here.
     pub segments: [Segment; 6],
     pub ldtr: Segment,
     pub tr: Segment,
@@ -56,6 +58,7 @@ pub struct System {
     pub lstar: u64,
     pub cstar: u64,
     pub sfmask: u64,
+    /// In saved and restored copies; the register itself is in [`Ctx`].
     pub kernel_gs_base: u64,
     pub sysenter_cs: u64,
     pub sysenter_esp: u64,
@@ -114,6 +117,12 @@ pub struct Core {
     pub commit: Option<crate::access::Commit>,
     /// Something that the choice of translated code depends on has changed (segments, CRs, CPL ...).
     pub mode_dirty: bool,
+    /// Instruction breakpoints may have changed.
+    pub stops_dirty: bool,
+    /// Mode for which each view's jump cache was filled.
+    pub view_mode: [Mode; VIEWS],
+    /// Instructions of translated code that are run by a call.
+    pub straight: Straight,
     /// Linear ranges watched by a debugger or DR0-DR3: (start, length, on read, on write).
     pub watch: Vec<(u64, u64, bool, bool)>,
     /// A watched access happened in the current instruction: DR6 bits (B0-B3), or bit 63 for the debugger's.
@@ -320,6 +329,27 @@ impl Core {
         Err(Trap::Exit(exit))
     }
 
+    /// Jump caches are about to be filled for `mode`. Code for the supervisor goes from one of its views to the other
+    /// by itself: both are for the same mode.
+    pub(crate) fn note_mode(&mut self, mode: Mode) {
+        if self.view_mode[mode.view() as usize] == mode {
+            return;
+        }
+        let user = mode.view() == View::User;
+        for view in [View::User, View::Kernel, View::KernelUser] {
+            if user == (view == View::User) {
+                self.view_mode[view as usize] = mode.with_view(view);
+            }
+        }
+        self.mmu.drop_jumps(&mut self.ctx);
+    }
+
+    /// The mode of the code that runs, unless `mode_dirty`.
+    #[inline]
+    pub fn mode(&self) -> Mode {
+        self.ctx.get().mode
+    }
+
     /// The context.
     #[inline]
     pub fn c(&self) -> &Ctx {
@@ -410,6 +440,9 @@ impl Core {
             trap: None,
             commit: None,
             mode_dirty: true,
+            stops_dirty: true,
+            view_mode: [Mode::default(); VIEWS],
+            straight: Straight::default(),
             watch: Vec::new(),
             watch_hit: 0,
             alone: false,

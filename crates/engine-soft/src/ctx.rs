@@ -8,6 +8,8 @@ use std::sync::atomic::AtomicU32;
 
 use wardian_cpu::EngineError;
 
+use crate::mode::Mode;
+
 /// RBP - start of the context.
 pub const RBP_BIAS: i32 = 140;
 /// Entries of each TLB table: the index is bits 12-31 of the linear address.
@@ -48,14 +50,12 @@ pub enum Leave {
     HostFault = 5,
     /// The instruction before `rip` completed and left work (device writes, invalidations).
     Completed = 6,
-    /// The guest's instruction at `rip` is SYSCALL (no fetch and decode needed).
-    Syscall = 7,
     /// The block at `rip` has more instructions than are left in the budget. Only where instructions are counted.
-    Budget = 8,
+    Budget = 7,
 }
 
 /// Number of reasons to leave.
-pub const LEAVES: usize = 9;
+pub const LEAVES: usize = 8;
 
 /// What translated code and its thunks address through RBP.
 #[repr(C, align(64))]
@@ -98,8 +98,14 @@ pub struct Ctx {
     pub left: u32, // 276
     /// Where instructions are counted: how many may be retired. Blocks take theirs at their head.
     pub budget: i64, // 280
+    /// `IA32_KERNEL_GS_BASE`.
+    pub kernel_gs_base: u64, // 288
+    /// Mode of the code that runs, unless [`crate::core::Core::mode_dirty`].
+    pub mode: Mode, // 296
+    /// Not zero: an event waits for which the attention word was taken already, and which may only be held off by RFLAGS.
+    pub held: u32, // 304
     /// Explicit padding: the vector registers are aligned.
-    pub pad0: [u32; 8],
+    pub pad0: [u32; 3],
     /// Vector registers while a helper runs.
     pub vec: [[u8; 64]; 32], // 320
     /// AVX-512 mask registers likewise.

@@ -31,7 +31,8 @@ pub enum Class {
     PushImm,
     PopReg,
     Leave,
-    Syscall,
+    /// A system instruction that the mode allows to be emitted.
+    System,
 }
 
 /// Which processor state an instruction belongs to, for #NM and #UD.
@@ -126,6 +127,7 @@ fn interpreted(m: M) -> bool {
             | M::Wrgsbase
             | M::Xgetbv
             | M::Xsetbv
+            | M::Syscall
             | M::Sysenter
             | M::Sysexit
             | M::Sysexitq
@@ -266,7 +268,6 @@ fn classify(insn: &Instruction) -> Class {
         return Class::Interpret;
     }
     match m {
-        M::Syscall => return Class::Syscall,
         M::Lea => return Class::Lea,
         M::Nop
         | M::Prefetch

@@ -114,6 +114,15 @@ impl Mmu {
         (linear >> 12) as usize & (TLB_ENTRIES - 1)
     }
 
+    /// The host address of `linear`, if `view` has an entry for such an access.
+    #[inline]
+    pub fn lookup(&self, ctx: &CtxBox, view: View, linear: u64, write: bool) -> Option<usize> {
+        let index = Self::index(linear);
+        let table = if write { ctx::tag_write(view) } else { ctx::tag_read(view) };
+        (ctx.load(table, index) == linear & !0xfff)
+            .then(|| (ctx.load(ctx::addend(view), index) + (linear & 0xfff)) as usize)
+    }
+
     fn drop_entry(ctx: &mut CtxBox, view: View, index: usize) {
         ctx.store(ctx::tag_read(view), index, invalid(index));
         ctx.store(ctx::tag_write(view), index, invalid(index));

@@ -7,6 +7,7 @@ use crate::ctx::View;
 
 /// Part of a block's key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
 pub struct Mode {
     bits: u32,
     /// Base of CS outside 64-bit mode.
@@ -26,6 +27,8 @@ const ALIGN: u32 = 15;
 const NO_WAIT: u32 = 16;
 const WATCHED: u32 = 17;
 const NO_EVEX: u32 = 18;
+const SMAP: u32 = 19;
+const RING12: u32 = 20;
 
 impl Mode {
     /// The mode that `core` is in; `single`: one instruction at a time.
@@ -63,12 +66,30 @@ impl Mode {
         bits |= u32::from(core.alignment_checked()) << ALIGN;
         bits |= u32::from(sys.cr0 & cr0::TS != 0 && sys.cr0 & cr0::MP != 0) << NO_WAIT;
         bits |= u32::from(!core.watch.is_empty()) << WATCHED;
+        bits |= u32::from(sys.cr4 & cr4::SMAP != 0) << SMAP;
+        bits |= u32::from(matches!(sys.cpl, 1 | 2)) << RING12;
         Mode { bits, cs_base: if code64 { 0 } else { core.c().seg_base[seg::CS] as u32 } }
     }
 
     /// A single number for hashing.
     pub fn hash(self) -> u64 {
         u64::from(self.bits) << 32 | u64::from(self.cs_base)
+    }
+    /// As the context keeps them.
+    pub fn bits(self) -> u32 {
+        self.bits
+    }
+    /// The same but for the view.
+    pub fn with_view(self, view: View) -> Mode {
+        Mode { bits: self.bits & !(3 << VIEW) | (view as u32) << VIEW, ..self }
+    }
+    /// Privilege level 0.
+    pub fn ring0(self) -> bool {
+        self.view() != View::User && !self.bit(RING12)
+    }
+    /// CR4.SMAP is set (and the model has it).
+    pub fn smap(self) -> bool {
+        self.bit(SMAP)
     }
     fn bit(self, n: u32) -> bool {
         self.bits >> n & 1 != 0

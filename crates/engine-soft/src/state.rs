@@ -70,6 +70,7 @@ fn field(sys: &mut System, index: u32) -> Option<&mut u64> {
 pub(crate) fn save(core: &Core) -> CpuState {
     let sys = &core.sys;
     let mut copy = sys.clone();
+    copy.kernel_gs_base = core.c().kernel_gs_base;
     let indexes = PLAIN.into_iter().chain(0x200..=0x20f).chain(FIXED_MTRRS);
     let msrs =
         indexes.filter_map(|index| field(&mut copy, index).map(|v| Msr { index, value: *v })).collect();
@@ -295,6 +296,7 @@ pub(crate) fn restore(core: &mut Core, state: &CpuState) -> Result<(), InvalidSt
     }
 
     let tsc_offset = core.time.tsc_offset().unwrap_or(0).wrapping_add(state.tsc_adjust);
+    core.ctx.get_mut().kernel_gs_base = sys.kernel_gs_base;
     core.sys = sys;
     for (n, segment) in state.segments.into_iter().enumerate() {
         core.set_segment(n, segment);

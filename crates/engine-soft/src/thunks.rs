@@ -8,6 +8,7 @@ use crate::access::{Site, Slow};
 use crate::code::CodeMemory;
 use crate::core::Core;
 use crate::ctx::{Ctx, LEAVES, Leave, RBP_BIAS, disp};
+use crate::sys::straight;
 
 /// Offsets of the thunks in code memory.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,6 +24,8 @@ pub struct Thunks {
     /// Where a block calls that needs vector registers 16-31 or the mask registers and finds them not live. Clobbers
     /// flags.
     pub load_high: u32,
+    /// Where a block ends with an instruction that is run straight: R14 = its number. See [`straight`].
+    pub straight: u32,
     /// Leave, by reason: R13 = rip, R14 = argument.
     pub leave: [u32; LEAVES],
     /// First free offset.
@@ -287,6 +290,27 @@ fn write_all(code: &mut CodeMemory) -> Result<Thunks, IcedError> {
         load_gprs(a)?;
         a.popfq()?;
         a.ret()
+    })?;
+    t.straight = at;
+    at = build(code, at, |a| {
+        let mut leave = a.create_label();
+        save_gprs(a)?;
+        vectors(a, true)?;
+        high_vectors(a, true)?;
+        a.lea(rdi, qword_ptr(rbp - RBP_BIAS))?;
+        a.mov(esi, r14d)?;
+        a.mov(rax, straight::helper as *const () as u64)?;
+        a.call(rax)?;
+        a.test(rax, rax)?;
+        a.je(leave)?;
+        a.mov(r14, rax)?;
+        // Vector registers 16-31 stay in the context until a block needs them.
+        vectors(a, false)?;
+        load_gprs(a)?;
+        a.mov(r13, qword_ptr(field!(rip)))?;
+        a.jmp(r14)?;
+        a.set_label(&mut leave)?;
+        a.jmp(tail_address)
     })?;
     t.load_high = at;
     at = build(code, at, |a| {

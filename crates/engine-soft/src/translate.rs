@@ -9,10 +9,12 @@
 //! may still read, and restored before an instruction that reads them. A target on the same page whose code
 //! overwrites all flags before reading any needs none (peek-ahead).
 //!
-//! Control flow, stack operations and cold stubs are emitted in [`flow`], everything else in [`native`].
+//! Control flow, stack operations and cold stubs are emitted in [`flow`], system instructions in [`system`], everything
+//! else in [`native`].
 
 mod flow;
 mod native;
+mod system;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M, OpKind, RflagsBits};
 use wardian_memory::PAGE_SIZE;
@@ -25,6 +27,7 @@ use crate::ctx::Leave;
 use crate::decode::{Class, CodeInfo, CodeTable, Unit};
 use crate::emit::{Cursor, reg::T1};
 use crate::mode::Mode;
+use crate::sys::straight::Straight;
 use crate::thunks::{self, Thunks};
 use crate::trap::Result;
 
@@ -88,6 +91,8 @@ enum Cold {
     },
     /// The block was counted and is not run.
     Budget { site: u32, count: u8, rip: u64 },
+    /// Leave to the run loop at an instruction.
+    Quit { site: u32, why: Leave, rip: u64 },
     /// Load the upper vector registers.
     High { site: u32, back: u32 },
 }
@@ -132,6 +137,8 @@ struct Emit<'a> {
     /// Number that the block will have.
     id: BlockId,
     moved: i32,
+    /// Not where instructions are counted: what is interpreted counts itself in the run loop.
+    straight: Option<&'a mut Straight>,
 }
 
 impl Translator {
@@ -201,6 +208,15 @@ impl Translator {
                 ops.truncate(1);
                 second = Some((next, first));
             }
+            if let Some(at) = (0..ops.len()).find(|at| {
+                let system = ops[*at].info.class == Class::System;
+                system && (self.counting || system::misplaced(&ops, *at))
+            }) {
+                ops.truncate(at + 1);
+                let op = &mut ops[at];
+                op.info.class = Class::Interpret;
+                (op.reads, op.kills, op.modifies) = (ALL_FLAGS, 0, 0);
+            }
             let used = ops.last().map_or(1, |op: &Op| op.start + op.insn.len());
             let peeked = self.liveness(&mut ops, fetch.host, linear, mode, second.is_none());
 
@@ -233,7 +249,7 @@ impl Translator {
             block.page2 = second.map(|(next, _)| next.page as u32);
             core.counters.translations += 1;
             core.counters.translated_instructions += ops.len() as u64;
-            self.emit(&mut block, &ops, &source, used);
+            self.emit(core, &mut block, &ops, &source, used);
             let crossing = second
                 .filter(|(_, first)| used > *first)
                 .map(|(next, first)| (next.page as u32, granule_mask(0, used - first)));
@@ -297,13 +313,14 @@ impl Translator {
                 op.reads |= op.modifies;
                 op.kills = 0;
             }
-            if matches!(class, Class::Interpret | Class::Syscall) {
+            if matches!(class, Class::Interpret) {
                 (op.reads, op.kills, op.modifies) = (ALL_FLAGS, 0, 0);
             }
+            let ends = class == Class::System && system::ends(&op.insn, mode);
             ops.push(op);
             match class {
+                Class::System if ends => return,
                 Class::Interpret
-                | Class::Syscall
                 | Class::JmpNear
                 | Class::JmpIndirect
                 | Class::CallNear
@@ -343,9 +360,7 @@ impl Translator {
                 let target = mode.linear(last.insn.near_branch_target());
                 live_at(self, target)
             }
-            Class::Interpret | Class::Syscall | Class::JmpIndirect | Class::CallIndirect | Class::Ret => {
-                ALL_FLAGS
-            }
+            Class::Interpret | Class::JmpIndirect | Class::CallIndirect | Class::Ret => ALL_FLAGS,
             _ => live_at(self, end),
         };
         for op in ops.iter_mut().rev() {
@@ -396,7 +411,7 @@ impl Translator {
         (live | pending, (offset + decoder.position()).max(offset + 1).min(4096))
     }
 
-    fn emit(&mut self, block: &mut Block, ops: &[Op], source: &Source, used: usize) {
+    fn emit(&mut self, core: &mut Core, block: &mut Block, ops: &[Op], source: &Source, used: usize) {
         let hot = (self.hot + 15) & !15;
         let mode = block.mode;
         let lookup = self.thunks.leave[Leave::Lookup as usize];
@@ -413,6 +428,7 @@ impl Translator {
             left: 0,
             id: self.blocks.all.len() as BlockId,
             moved: 0,
+            straight: (!self.counting).then_some(&mut core.straight),
         };
         // Landing: is this the address that the jump wanted?
         block.landing = e.c.pos();
@@ -433,8 +449,7 @@ impl Translator {
         block.body = e.c.pos();
         if self.counting {
             // What is interpreted counts itself.
-            let translated =
-                |op: &&Op| !matches!(op.info.class, Class::Unknown | Class::Interpret | Class::Syscall);
+            let translated = |op: &&Op| !matches!(op.info.class, Class::Unknown | Class::Interpret);
             e.left = ops.iter().filter(translated).count() as u8;
             if e.left != 0 {
                 let site = e.c.take(e.left);
@@ -514,6 +529,12 @@ pub fn gated(unit: Unit, mode: Mode) -> bool {
     }
 }
 
+/// Whether `insn`, one for the interpreter, is valid and its unit switched on in `mode`.
+fn straight(insn: &Instruction, info: CodeInfo, mode: Mode) -> bool {
+    let off = gated(info.unit, mode) || (insn.mnemonic() == M::Wait && mode.wait_off());
+    !insn.is_invalid() && !off
+}
+
 /// How `insn` is treated in `mode`: its attributes, with the class that the mode allows.
 pub fn treatment(table: &mut CodeTable, insn: &Instruction, mode: Mode) -> CodeInfo {
     let mut info = table.get(insn);
@@ -526,6 +547,9 @@ pub fn treatment(table: &mut CodeTable, insn: &Instruction, mode: Mode) -> CodeI
         matches!(info.class, Class::JmpNear | Class::CallNear | Class::Jcc | Class::Loop | Class::Jrcxz);
     if direct && mode.code64() && !is_canonical(insn.near_branch_target()) {
         info.class = Class::Interpret;
+    }
+    if info.class == Class::Interpret && straight(insn, info, mode) && system::emitted(insn, mode) {
+        info.class = Class::System;
     }
     info
 }

@@ -15,7 +15,7 @@ use wardian_time::{Nanos, RunDelay, TimeBase};
 
 use crate::blocks::BlockId;
 use crate::core::Core;
-use crate::ctx::{Leave, RBP_BIAS, VIEWS};
+use crate::ctx::{Leave, RBP_BIAS};
 use crate::decode::{Class, CodeTable};
 use crate::mode::Mode;
 use crate::shared::{KICKED, Mailbox, RECHECK, REQUESTS, Request, STOP, Shared};
@@ -39,9 +39,6 @@ pub struct SoftVcpu {
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
     letters: Vec<Request>,
-    mode: Mode,
-    /// Mode for which each view's jump cache was filled.
-    view_mode: [Mode; VIEWS],
     /// The last exit waits for an answer that the instruction will ask for again.
     asked: bool,
     kicked: bool,
@@ -69,7 +66,6 @@ impl SoftVcpu {
         shared: Arc<Shared>,
         mailbox: Arc<Mailbox>,
     ) -> SoftVcpu {
-        let mode = Mode::of(&core, false);
         let counted = core.time.is_counted();
         let mut vcpu = SoftVcpu {
             core,
@@ -77,8 +73,6 @@ impl SoftVcpu {
             shared,
             mailbox,
             letters: Vec::new(),
-            mode,
-            view_mode: [mode; VIEWS],
             asked: false,
             kicked: false,
             debug: DebugRequest::default(),
@@ -146,6 +140,7 @@ impl SoftVcpu {
     fn forget_code(&mut self) {
         self.core.counters.cache_flushes += 1;
         self.translator.clear();
+        self.core.straight.clear();
         self.core.mmu.drop_jumps(&mut self.core.ctx);
     }
 
@@ -165,6 +160,7 @@ impl SoftVcpu {
     fn events(&mut self) -> std::result::Result<(), sys::deliver::TripleFault> {
         let core = &mut *self.core;
         let pending = core.irq.pending();
+        core.ctx.get_mut().held = u32::from(pending.any());
         if !pending.any() {
             return Ok(());
         }
@@ -226,19 +222,16 @@ impl SoftVcpu {
     fn block(&mut self) -> Result<BlockId> {
         if self.core.mode_dirty {
             self.core.mode_dirty = false;
-            self.mode = Mode::of(&self.core, self.single() || self.slowly);
-            let view = self.mode.view() as usize;
-            if self.view_mode[view] != self.mode {
-                self.view_mode[view] = self.mode;
-                self.core.mmu.drop_jumps(&mut self.core.ctx);
-            }
+            let mode = Mode::of(&self.core, self.single() || self.slowly);
+            self.core.ctx.get_mut().mode = mode;
+            self.core.note_mode(mode);
             self.update_stops();
         }
         let linear = self.core.c().rip;
         let fetch = self.core.fetch_page(linear)?;
         self.core.counters.lookups += 1;
         if let Some(id) =
-            self.translator.blocks.find(fetch.page as u32, (linear & 0xfff) as u16, linear, self.mode)
+            self.translator.blocks.find(fetch.page as u32, (linear & 0xfff) as u16, linear, self.core.mode())
         {
             let block = &self.translator.blocks.all[id as usize];
             match block.page2 {
@@ -252,14 +245,16 @@ impl SoftVcpu {
                 }
             }
         }
-        if !self.translator.has_room() {
+        if !self.translator.has_room() || !self.core.straight.has_room() {
             self.forget_code();
         }
-        self.translator.translate(&mut self.core, linear, self.mode, &self.stops)
+        let mode = self.core.mode();
+        self.translator.translate(&mut self.core, linear, mode, &self.stops)
     }
 
     /// Collects the breakpoints; no translation may run into a new one.
     fn update_stops(&mut self) {
+        self.core.stops_dirty = false;
         let guest = (0..4).filter_map(|n| sys::control::code_breakpoint(&self.core, n));
         let unchanged =
             self.stops.iter().copied().eq(self.debug.breakpoints.iter().copied().chain(guest.clone()));
@@ -314,24 +309,25 @@ impl SoftVcpu {
         let first = (4096 - (linear & 0xfff) as usize).min(15);
         let fetch = self.core.fetch_page(linear)?;
         read_host(fetch.host + (linear & 0xfff) as usize, &mut bytes[..first]);
-        let ip = self.mode.ip(linear);
-        let mut decoder = Decoder::with_ip(self.mode.bitness(), &bytes[..first], ip, DecoderOptions::NONE);
+        let ip = self.core.mode().ip(linear);
+        let mut decoder =
+            Decoder::with_ip(self.core.mode().bitness(), &bytes[..first], ip, DecoderOptions::NONE);
         let mut insn = decoder.decode();
         if insn.is_invalid() && first < 15 && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
             let next = self.core.fetch_page((linear | 0xfff).wrapping_add(1))?;
             read_host(next.host, &mut bytes[first..]);
-            insn = Decoder::with_ip(self.mode.bitness(), &bytes, ip, DecoderOptions::NONE).decode();
+            insn = Decoder::with_ip(self.core.mode().bitness(), &bytes, ip, DecoderOptions::NONE).decode();
         }
         if insn.is_invalid() {
             // Too long is #GP, everything else #UD.
             return Err(Trap::ud());
         }
         let info = self.table.get(&insn);
-        if insn.mnemonic() == iced_x86::Mnemonic::Wait && self.mode.wait_off() {
+        if insn.mnemonic() == iced_x86::Mnemonic::Wait && self.core.mode().wait_off() {
             return Err(Trap::nm());
         }
-        if gated(info.unit, self.mode) {
-            return Err(if self.mode.fpu_off() && !self.mode.sse_off() {
+        if gated(info.unit, self.core.mode()) {
+            return Err(if self.core.mode().fpu_off() && !self.core.mode().sse_off() {
                 Trap::nm()
             } else {
                 self.gate_fault(info.unit)
@@ -349,8 +345,8 @@ impl SoftVcpu {
             Unit::Sse if cr0 & cr0::EM == 0 && self.core.sys.cr4 & wardian_cpu::bits::cr4::OSFXSR != 0 => {
                 Trap::nm()
             }
-            Unit::Avx if !self.mode.avx_off() => Trap::nm(),
-            Unit::Evex if !self.mode.evex_off() => Trap::nm(),
+            Unit::Avx if !self.core.mode().avx_off() => Trap::nm(),
+            Unit::Evex if !self.core.mode().evex_off() => Trap::nm(),
             _ => Trap::ud(),
         }
     }
@@ -360,8 +356,8 @@ impl SoftVcpu {
         self.core.counters.interpreted += 1;
         self.core.journal_used = 0;
         let insn = self.decode()?;
-        let class = treatment(&mut self.table, &insn, self.mode).class;
-        if !matches!(class, Class::Interpret | Class::Syscall | Class::Unknown) {
+        let class = treatment(&mut self.table, &insn, self.core.mode()).class;
+        if !matches!(class, Class::Interpret | Class::System | Class::Unknown) {
             // Another vCPU has rewritten the instruction since it was translated (kernels do it by way of INT3): the
             // translation is stale, and the word of it may still be on its way.
             let linear = self.core.c().rip;
@@ -515,7 +511,7 @@ impl SoftVcpu {
         let mut entered = 0u32;
         loop {
             let tf = self.core.c().rflags & rflags::TF != 0;
-            let single = self.mode.single();
+            let single = self.core.mode().single();
             let block = &self.translator.blocks.all[id as usize];
             let at = if std::mem::take(&mut first) { block.body } else { block.head };
             let start = block.linear;
@@ -523,6 +519,12 @@ impl SoftVcpu {
             self.enter(at);
             let ctx = self.core.c();
             let (leave, arg, rip) = (ctx.leave, ctx.arg, ctx.rip);
+            let begun = [Leave::Trap, Leave::Interpret, Leave::Budget].iter().any(|l| leave == *l as u32);
+            if !begun {
+                // Answers that nobody asked for again: the instruction was rewritten meanwhile.
+                self.core.journal.clear();
+            }
+            let ctx = self.core.c();
             match leave {
                 l if l == Leave::Chain as u32 || l == Leave::Lookup as u32 => {
                     if ctx.attention.load(Ordering::Acquire) != 0 {
@@ -531,7 +533,7 @@ impl SoftVcpu {
                     if !self.stops.is_empty() && self.stops.contains(&rip) {
                         return None;
                     }
-                    if self.mode.code64() && !crate::access::is_canonical(rip) {
+                    if self.core.mode().code64() && !crate::access::is_canonical(rip) {
                         return self.wild_jump();
                     }
                     let flushes = self.core.counters.cache_flushes;
@@ -543,7 +545,7 @@ impl SoftVcpu {
                     if l == Leave::Lookup as u32 {
                         let landing = self.translator.code.exec(block.landing);
                         let (linear, crosses) = (block.linear, block.page2.is_some());
-                        let view = self.mode.view();
+                        let view = self.core.mode().view();
                         let global = self.core.fetch_page(linear).is_ok_and(|f| f.global) && !crosses;
                         if !crosses && self.stops.is_empty() {
                             self.core.mmu.set_jump(&mut self.core.ctx, view, linear, landing, global);
@@ -556,7 +558,7 @@ impl SoftVcpu {
                         self.translator.code.patch(arg, head);
                     }
                 }
-                l if l == Leave::Interpret as u32 || l == Leave::Syscall as u32 => {
+                l if l == Leave::Interpret as u32 => {
                     // A CLI right behind an STI block must not hide an interrupt for ever.
                     if rip != start && ctx.attention.load(Ordering::Acquire) != 0 {
                         return None;
@@ -564,17 +566,7 @@ impl SoftVcpu {
                     if self.spent() {
                         return None;
                     }
-                    let result = if l == Leave::Syscall as u32 {
-                        self.core.counters.syscalls += 1;
-                        let next = self.mode.ip(rip.wrapping_add(2));
-                        self.core.journal_used = 0;
-                        sys::transfer::syscall(&mut self.core, next).map(|()| {
-                            self.core.ctx.get_mut().budget -= 1;
-                            true
-                        })
-                    } else {
-                        self.interpret()
-                    };
+                    let result = self.interpret();
                     let done = matches!(result, Ok(true));
                     if let Some(exit) = self.settle(result.map(|_| ())) {
                         return Some(exit);
@@ -761,6 +753,7 @@ impl Vcpu for SoftVcpu {
             ("exits", c.exits),
         ];
         all.extend(self.retired().map(|count| ("retired_instructions", count)));
+        all.extend(self.core.straight.counts());
         all
     }
 }

@@ -11,7 +11,7 @@ mod counters;
 pub mod footprint;
 mod native;
 mod report;
-mod steps;
+pub mod steps;
 mod table;
 pub mod vm;
 mod whole;
@@ -145,7 +145,7 @@ fn write_into(disk: &Path, from: &Path, to: &str) -> Result<()> {
 }
 
 /// The place of the script in the guest's root.
-const SCRIPT: &str = "/root/bench.sh";
+pub const SCRIPT: &str = "/root/bench.sh";
 
 struct Bench<'a> {
     args: &'a Boot,

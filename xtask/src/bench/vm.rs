@@ -102,7 +102,7 @@ pub struct Machine {
 
 impl Vmm {
     /// `memfd`: QEMU's guest RAM as a mapping with a name, to tell it from the rest of its memory.
-    fn command(&self, machine: &Machine, memfd: bool) -> Command {
+    pub fn command(&self, machine: &Machine, memfd: bool) -> Command {
         let mut command;
         match self {
             Vmm::Wardian { program, args } => {

@@ -3,6 +3,8 @@
 //! Source: Intel SDM vol. 2; vol. 3A, 2.5 (control registers), 5.10.4 (invalidation); vol. 3B, 19.2 (debug
 //! registers).
 
+use std::sync::atomic::Ordering;
+
 use iced_x86::{Instruction, Register};
 use wardian_cpu::bits::{cr0, cr4, efer, rflags};
 use wardian_cpu::{Activity, Exit, Feature};
@@ -15,6 +17,7 @@ use super::{
 use crate::access::segment_number;
 use crate::core::{Core, Privilege, seg};
 use crate::mmu::Flush;
+use crate::shared::RECHECK;
 use crate::trap::{Result, Trap};
 
 const CR0_DEFINED: u64 = cr0::PE
@@ -186,7 +189,11 @@ pub(crate) fn mov_control(core: &mut Core, insn: &Instruction) -> Result<()> {
         3 => write_cr3(core, value)?,
         4 => write_cr4(core, value)?,
         _ if value > 15 => return Err(Trap::gp(0)),
-        _ => core.irq.set_cr8(value as u8),
+        _ => {
+            core.irq.set_cr8(value as u8);
+            // It may let an interrupt through.
+            core.c().attention.fetch_or(RECHECK, Ordering::AcqRel);
+        }
     }
     advance(core, insn);
     Ok(())
@@ -366,7 +373,7 @@ pub(crate) fn io_breakpoints(core: &Core, port: u16, size: usize) -> u64 {
 pub(crate) fn update_watch(core: &mut Core) {
     let ranges: [_; 4] = std::array::from_fn(|n| data_breakpoint(core, n));
     let any = ranges.iter().any(|range| range.1 != 0);
-    core.mode_dirty = true; // instruction breakpoints
+    (core.mode_dirty, core.stops_dirty) = (true, true); // instruction breakpoints
     if core.watch.is_empty() && !any {
         return;
     }

@@ -551,8 +551,8 @@ pub(crate) fn swapgs(core: &mut Core, insn: &Instruction) -> Result<()> {
     }
     need_cpl0(core)?;
     let base = core.c().seg_base[seg::GS];
-    set_base(core, seg::GS, core.sys.kernel_gs_base);
-    core.sys.kernel_gs_base = base;
+    set_base(core, seg::GS, core.c().kernel_gs_base);
+    core.ctx.get_mut().kernel_gs_base = base;
     advance(core, insn);
     Ok(())
 }

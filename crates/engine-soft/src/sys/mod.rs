@@ -16,6 +16,7 @@ pub(crate) mod legacy;
 pub(crate) mod msr;
 pub(crate) mod paravirt;
 pub(crate) mod stack;
+pub(crate) mod straight;
 pub(crate) mod string;
 pub(crate) mod task;
 pub(crate) mod transfer;
@@ -39,110 +40,114 @@ pub(crate) use deliver::{Event, deliver};
 /// finished iterations of a string instruction, and the state of a new task).
 pub(crate) fn interpret(core: &mut Core, insn: &Instruction) -> Result<()> {
     let shadow = core.sys.interrupt_shadow;
-    run(core, insn)?;
+    handler(insn)(core, insn)?;
     if shadow {
         core.sys.interrupt_shadow = false;
     }
     Ok(())
 }
 
-fn run(core: &mut Core, insn: &Instruction) -> Result<()> {
+/// What runs one instruction.
+pub(crate) type Handler = fn(&mut Core, &Instruction) -> Result<()>;
+
+/// What runs `insn`, to be called with an instruction like it.
+pub(crate) fn handler(insn: &Instruction) -> Handler {
     use Mnemonic as M;
     match insn.mnemonic() {
-        M::Syscall => transfer::syscall(core, insn.next_ip()),
-        M::Sysret | M::Sysretq => transfer::sysret(core, insn.mnemonic() == M::Sysretq),
-        M::Iret => transfer::iret(core, insn.next_ip(), 2),
-        M::Iretd => transfer::iret(core, insn.next_ip(), 4),
-        M::Iretq => transfer::iret(core, insn.next_ip(), 8),
-        M::Swapgs => descriptor::swapgs(core, insn),
-        M::Cli => control::cli(core, insn),
-        M::Sti => control::sti(core, insn),
-        M::Pushf => control::pushf(core, insn, 2),
-        M::Pushfd => control::pushf(core, insn, 4),
-        M::Pushfq => control::pushf(core, insn, 8),
-        M::Popf => control::popf(core, insn, 2),
-        M::Popfd => control::popf(core, insn, 4),
-        M::Popfq => control::popf(core, insn, 8),
-        M::Clac => control::alignment_flag(core, insn, false),
-        M::Stac => control::alignment_flag(core, insn, true),
-        M::Cld => control::direction_flag(core, insn, false),
-        M::Std => control::direction_flag(core, insn, true),
+        M::Syscall => |core, insn| transfer::syscall(core, insn.next_ip()),
+        M::Sysret | M::Sysretq => |core, insn| transfer::sysret(core, insn.mnemonic() == M::Sysretq),
+        M::Iret => |core, insn| transfer::iret(core, insn.next_ip(), 2),
+        M::Iretd => |core, insn| transfer::iret(core, insn.next_ip(), 4),
+        M::Iretq => |core, insn| transfer::iret(core, insn.next_ip(), 8),
+        M::Swapgs => descriptor::swapgs,
+        M::Cli => control::cli,
+        M::Sti => control::sti,
+        M::Pushf => |core, insn| control::pushf(core, insn, 2),
+        M::Pushfd => |core, insn| control::pushf(core, insn, 4),
+        M::Pushfq => |core, insn| control::pushf(core, insn, 8),
+        M::Popf => |core, insn| control::popf(core, insn, 2),
+        M::Popfd => |core, insn| control::popf(core, insn, 4),
+        M::Popfq => |core, insn| control::popf(core, insn, 8),
+        M::Clac => |core, insn| control::alignment_flag(core, insn, false),
+        M::Stac => |core, insn| control::alignment_flag(core, insn, true),
+        M::Cld => |core, insn| control::direction_flag(core, insn, false),
+        M::Std => |core, insn| control::direction_flag(core, insn, true),
         M::Mov => match mov_kind(insn) {
-            MovKind::ToSegment => descriptor::mov_to_segment(core, insn),
-            MovKind::FromSegment => descriptor::mov_from_segment(core, insn),
-            MovKind::Control => control::mov_control(core, insn),
-            MovKind::Debug => control::mov_debug(core, insn),
-            MovKind::Other => other(core, insn),
+            MovKind::ToSegment => descriptor::mov_to_segment,
+            MovKind::FromSegment => descriptor::mov_from_segment,
+            MovKind::Control => control::mov_control,
+            MovKind::Debug => control::mov_debug,
+            MovKind::Other => other,
         },
-        M::Wrmsr => msr::wrmsr(core, insn),
-        M::Rdmsr => msr::rdmsr(core, insn),
-        M::Rdtsc => control::rdtsc(core, insn),
-        M::Rdtscp => control::rdtscp(core, insn),
-        M::Rdpid => control::rdpid(core, insn),
-        M::Rdpmc => control::rdpmc(core),
-        M::Cpuid => cpuid::cpuid(core, insn),
-        M::Invlpg => control::invlpg(core, insn),
-        M::Invpcid => control::invpcid(core, insn),
-        M::Hlt => control::hlt(core, insn),
-        M::Clts => control::clts(core, insn),
-        M::Lmsw => control::lmsw(core, insn),
-        M::Smsw => control::smsw(core, insn),
-        M::Xsetbv => control::xsetbv(core, insn),
-        M::Xgetbv => control::xgetbv(core, insn),
-        M::Wbinvd | M::Invd | M::Wbnoinvd => control::cache_flush(core, insn),
-        M::Clflush | M::Clflushopt | M::Clwb | M::Cldemote => control::cache_line(core, insn),
-        M::Serialize => control::serialize(core, insn),
-        M::Vmcall | M::Vmmcall => control::hypercall(core, insn),
-        M::Rdfsbase => descriptor::read_base(core, insn, seg::FS),
-        M::Rdgsbase => descriptor::read_base(core, insn, seg::GS),
-        M::Wrfsbase => descriptor::write_base(core, insn, seg::FS),
-        M::Wrgsbase => descriptor::write_base(core, insn, seg::GS),
+        M::Wrmsr => msr::wrmsr,
+        M::Rdmsr => msr::rdmsr,
+        M::Rdtsc => control::rdtsc,
+        M::Rdtscp => control::rdtscp,
+        M::Rdpid => control::rdpid,
+        M::Rdpmc => |core, _| control::rdpmc(core),
+        M::Cpuid => cpuid::cpuid,
+        M::Invlpg => control::invlpg,
+        M::Invpcid => control::invpcid,
+        M::Hlt => control::hlt,
+        M::Clts => control::clts,
+        M::Lmsw => control::lmsw,
+        M::Smsw => control::smsw,
+        M::Xsetbv => control::xsetbv,
+        M::Xgetbv => control::xgetbv,
+        M::Wbinvd | M::Invd | M::Wbnoinvd => control::cache_flush,
+        M::Clflush | M::Clflushopt | M::Clwb | M::Cldemote => control::cache_line,
+        M::Serialize => control::serialize,
+        M::Vmcall | M::Vmmcall => control::hypercall,
+        M::Rdfsbase => |core, insn| descriptor::read_base(core, insn, seg::FS),
+        M::Rdgsbase => |core, insn| descriptor::read_base(core, insn, seg::GS),
+        M::Wrfsbase => |core, insn| descriptor::write_base(core, insn, seg::FS),
+        M::Wrgsbase => |core, insn| descriptor::write_base(core, insn, seg::GS),
         M::Push if insn.op0_kind() == OpKind::Register && insn.op0_register().is_segment_register() => {
-            descriptor::push_segment(core, insn)
+            descriptor::push_segment
         }
         M::Pop if insn.op0_kind() == OpKind::Register && insn.op0_register().is_segment_register() => {
-            descriptor::pop_segment(core, insn)
+            descriptor::pop_segment
         }
-        M::Lds => descriptor::load_far(core, insn, seg::DS),
-        M::Les => descriptor::load_far(core, insn, seg::ES),
-        M::Lss => descriptor::load_far(core, insn, seg::SS),
-        M::Lfs => descriptor::load_far(core, insn, seg::FS),
-        M::Lgs => descriptor::load_far(core, insn, seg::GS),
-        M::Lldt => descriptor::lldt(core, insn),
-        M::Ltr => descriptor::ltr(core, insn),
-        M::Sldt => {
+        M::Lds => |core, insn| descriptor::load_far(core, insn, seg::DS),
+        M::Les => |core, insn| descriptor::load_far(core, insn, seg::ES),
+        M::Lss => |core, insn| descriptor::load_far(core, insn, seg::SS),
+        M::Lfs => |core, insn| descriptor::load_far(core, insn, seg::FS),
+        M::Lgs => |core, insn| descriptor::load_far(core, insn, seg::GS),
+        M::Lldt => descriptor::lldt,
+        M::Ltr => descriptor::ltr,
+        M::Sldt => |core, insn| {
             let selector = core.sys.ldtr.selector;
             descriptor::store_selector(core, insn, selector)
-        }
-        M::Str => {
+        },
+        M::Str => |core, insn| {
             let selector = core.sys.tr.selector;
             descriptor::store_selector(core, insn, selector)
-        }
-        M::Lar => descriptor::lar(core, insn),
-        M::Lsl => descriptor::lsl(core, insn),
-        M::Verr => descriptor::verify(core, insn, false),
-        M::Verw => descriptor::verify(core, insn, true),
-        M::Arpl => descriptor::arpl(core, insn),
-        M::Sgdt => {
+        },
+        M::Lar => descriptor::lar,
+        M::Lsl => descriptor::lsl,
+        M::Verr => |core, insn| descriptor::verify(core, insn, false),
+        M::Verw => |core, insn| descriptor::verify(core, insn, true),
+        M::Arpl => descriptor::arpl,
+        M::Sgdt => |core, insn| {
             let table = core.sys.gdtr;
             descriptor::store_table(core, insn, table)
-        }
-        M::Sidt => {
+        },
+        M::Sidt => |core, insn| {
             let table = core.sys.idtr;
             descriptor::store_table(core, insn, table)
-        }
-        M::Lgdt => descriptor::load_table(core, insn, true),
-        M::Lidt => descriptor::load_table(core, insn, false),
-        M::Jmp if is_far(insn) => transfer::jmp_far(core, insn),
-        M::Call if is_far(insn) => transfer::call_far(core, insn),
-        M::Retf => transfer::retf(core, insn),
-        M::Int => transfer::int_n(core, insn, insn.immediate8()),
-        M::Int1 => transfer::int1(core, insn),
-        M::Int3 => transfer::int3(core, insn),
-        M::Into => transfer::into(core, insn),
-        M::Sysenter => transfer::sysenter(core),
-        M::Sysexit | M::Sysexitq => transfer::sysexit(core, insn.mnemonic() == M::Sysexitq),
-        _ => other(core, insn),
+        },
+        M::Lgdt => |core, insn| descriptor::load_table(core, insn, true),
+        M::Lidt => |core, insn| descriptor::load_table(core, insn, false),
+        M::Jmp if is_far(insn) => transfer::jmp_far,
+        M::Call if is_far(insn) => transfer::call_far,
+        M::Retf => transfer::retf,
+        M::Int => |core, insn| transfer::int_n(core, insn, insn.immediate8()),
+        M::Int1 => transfer::int1,
+        M::Int3 => transfer::int3,
+        M::Into => transfer::into,
+        M::Sysenter => |core, _| transfer::sysenter(core),
+        M::Sysexit | M::Sysexitq => |core, insn| transfer::sysexit(core, insn.mnemonic() == M::Sysexitq),
+        _ => other,
     }
 }
 

@@ -156,7 +156,7 @@ pub(crate) fn read(core: &mut Core, index: u32) -> Result<u64> {
         msr::SFMASK => sys.sfmask,
         msr::FS_BASE => core.c().seg_base[seg::FS],
         msr::GS_BASE => core.c().seg_base[seg::GS],
-        msr::KERNEL_GS_BASE => sys.kernel_gs_base,
+        msr::KERNEL_GS_BASE => core.c().kernel_gs_base,
         msr::TSC_AUX if has_aux(core) => sys.tsc_aux,
         OLD_WALL_CLOCK | pv::MSR_WALL_CLOCK => sys.pv_wall_clock,
         OLD_SYSTEM_TIME | pv::MSR_SYSTEM_TIME => sys.pv_system_time,
@@ -229,7 +229,7 @@ pub(crate) fn write(core: &mut Core, index: u32, value: u64) -> Result<()> {
             let base = address(value)?;
             descriptor::set_base(core, seg::GS, base);
         }
-        msr::KERNEL_GS_BASE => core.sys.kernel_gs_base = address(value)?,
+        msr::KERNEL_GS_BASE => core.ctx.get_mut().kernel_gs_base = address(value)?,
         msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
             core.ask(Exit::MsrWrite { index, value })?;
         }

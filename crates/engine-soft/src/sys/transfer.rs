@@ -493,6 +493,7 @@ fn amd(core: &Core) -> bool {
 
 /// SYSCALL; `next` is the address after it.
 pub(crate) fn syscall(core: &mut Core, next: u64) -> Result<()> {
+    core.counters.syscalls += 1;
     if core.sys.efer & efer::SCE == 0 || !core.protected() || (!core.is_64bit() && !amd(core)) || core.v86() {
         return Err(Trap::ud());
     }

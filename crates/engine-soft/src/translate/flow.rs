@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic as M};
 
 use super::native::raw;
-use super::{ALL_FLAGS, Cold, Emit, Loc, Next, Op, Source, counter_size};
+use super::{ALL_FLAGS, Cold, Emit, Loc, Next, Op, Source, counter_size, straight};
 use crate::access::Site;
 use crate::blocks::Mark;
 use crate::core::seg;
@@ -55,12 +55,16 @@ impl Emit<'_> {
         match op.info.class {
             Class::Unknown | Class::Interpret => {
                 self.save_if(ALL_FLAGS);
-                self.leave(Leave::Interpret, rip);
-                return true;
-            }
-            Class::Syscall => {
-                self.save_if(ALL_FLAGS);
-                self.leave(if self.mode.single() { Leave::Interpret } else { Leave::Syscall }, rip);
+                let valid = !self.mode.single() && straight(insn, op.info, self.mode);
+                match &mut self.straight {
+                    Some(list) if valid => {
+                        let number = list.add(*insn, rip, op.start == 0);
+                        self.c.mov_imm(T1, u64::from(number));
+                        let target = self.thunks.straight;
+                        self.c.jmp(target);
+                    }
+                    _ => self.leave(Leave::Interpret, rip),
+                }
                 return true;
             }
             Class::Nothing => {
@@ -174,6 +178,7 @@ impl Emit<'_> {
                 self.go_indirect(size as i32 + extra);
                 return true;
             }
+            Class::System => return self.system(op, source, rip, next),
             Class::Native => self.native(op, source, rip, next),
         }
         false
@@ -300,6 +305,10 @@ impl Emit<'_> {
     pub(super) fn cold_stub(&mut self, item: Cold) {
         let here = self.c.pos();
         match item {
+            Cold::Quit { site, why, rip } => {
+                self.c.memory().patch(site, here);
+                self.leave(why, rip);
+            }
             Cold::High { site, back } => {
                 self.c.memory().patch(site, here);
                 let load = self.thunks.load_high;

@@ -228,10 +228,10 @@ fn adjusting_rpl() {
 #[test]
 fn bases_of_fs_and_gs() {
     let mut core = long(0);
-    core.sys.kernel_gs_base = 0xffff_8000_1234_5000;
+    core.ctx.get_mut().kernel_gs_base = 0xffff_8000_1234_5000;
     once(&mut core, &[0x0f, 0x01, 0xf8]).expect("swapgs");
     assert_eq!(core.c().seg_base[seg::GS], 0xffff_8000_1234_5000);
-    assert_eq!(core.sys.kernel_gs_base, 0);
+    assert_eq!(core.c().kernel_gs_base, 0);
     assert_eq!(fault(once(&mut long(3), &[0x0f, 0x01, 0xf8])), gp(0));
     assert_eq!(fault(once(&mut legacy(0), &[0x0f, 0x01, 0xf8])), UD);
     let mut core = long(3);
