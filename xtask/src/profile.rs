@@ -24,6 +24,9 @@ pub struct Args {
     /// vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
+    /// How often the step is run.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    times: u32,
     /// Functions to list.
     #[arg(long, value_name = "N", default_value_t = 25)]
     top: usize,
@@ -57,7 +60,8 @@ fn profile(args: &Args, guest: &vm::Guest, program: PathBuf, place: &Path) -> Re
     vm::copy_disk(&guest.disk, &disk)?;
     let write = format!("write \"{}\" {SCRIPT}", script.display());
     output(Command::new("debugfs").args(["-w", "-R", &write]).arg(&disk))?;
-    let step = if args.step == BOOT { "" } else { &args.step };
+    let times = if args.step == BOOT { 0 } else { args.times };
+    let step = vec![args.step.as_str(); times as usize].join(" ");
     let machine = Machine {
         kernel: guest.kernel.clone(),
         initrd: guest.initrd.clone(),
@@ -69,7 +73,7 @@ fn profile(args: &Args, guest: &vm::Guest, program: PathBuf, place: &Path) -> Re
     let more = vec!["--stats-json".to_owned(), stats.display().to_string()];
     let mut command = Vmm::Wardian { program, args: more }.command(&machine, false);
     let told = Step::begin(format!("Running {}", args.step));
-    run(&mut command, args.step == BOOT, &data)?;
+    run(&mut command, times, &data)?;
     told.end();
     let samples = output(Command::new("perf").args(["script", "-F", "comm,ip,sym,dso", "-i"]).arg(&data))?;
     print!("{}", Shares::of(&samples).table(args.top));
@@ -79,18 +83,22 @@ fn profile(args: &Args, guest: &vm::Guest, program: PathBuf, place: &Path) -> Re
     Ok(())
 }
 
-/// Runs the machine; `perf` watches it between the markers of the step, or from the start.
-fn run(command: &mut Command, whole: bool, data: &Path) -> Result<()> {
+/// Runs the machine; `perf` watches it from the first of `times` steps to the end of the last, or without any from the
+/// start to the init script.
+fn run(command: &mut Command, times: u32, data: &Path) -> Result<()> {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     let pid = child.id();
-    let mut watcher = if whole { Some(watch(pid, data)?) } else { None };
+    let mut left = times;
+    let mut watcher = if times == 0 { Some(watch(pid, data)?) } else { None };
     let stdout = child.stdout.take().context("No console")?;
     for line in BufReader::new(stdout).split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
         let Some((_, word)) = line.split_once(vm::MARKER) else { continue };
-        if word.starts_with("BEGIN") && watcher.is_none() {
-            watcher = Some(watch(pid, data)?);
-        } else if word.starts_with("END") || (whole && word.starts_with("INIT")) {
+        if word.starts_with("BEGIN") && left == times {
+            watcher = watcher.map_or_else(|| watch(pid, data), Ok).map(Some)?;
+        }
+        left = left.saturating_sub(u32::from(word.starts_with("END")));
+        if left == 0 && (word.starts_with("END") || word.starts_with("INIT")) {
             stop(watcher.take())?;
         }
     }
@@ -163,7 +171,9 @@ impl Shares {
     fn of(samples: &str) -> Shares {
         let mut shares = Shares::default();
         for line in samples.lines() {
-            let Some((front, object)) = line.trim().rsplit_once(" (") else { continue };
+            // The object's name may end with "(deleted)".
+            let at = line.find(" (/").or_else(|| line.find(" (["));
+            let Some((front, object)) = at.map(|at| line.split_at(at)) else { continue };
             let mut words = front.split_whitespace();
             let (Some(thread), Some(_)) = (words.next(), words.next()) else { continue };
             let symbol = words.collect::<Vec<_>>().join(" ");
