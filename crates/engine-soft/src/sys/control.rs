@@ -572,6 +572,11 @@ fn need_tsc(core: &Core) -> Result<()> {
     if denied { Err(Trap::gp(0)) } else { Ok(()) }
 }
 
+fn wait_for_loads() {
+    // SAFETY: LFENCE is there on every x86-64 processor and has no other effect.
+    unsafe { core::arch::x86_64::_mm_lfence() }
+}
+
 /// RDTSC.
 pub(crate) fn rdtsc(core: &mut Core, insn: &Instruction) -> Result<()> {
     need_tsc(core)?;
@@ -581,12 +586,14 @@ pub(crate) fn rdtsc(core: &mut Core, insn: &Instruction) -> Result<()> {
     Ok(())
 }
 
-/// RDTSCP.
+/// RDTSCP. It waits for the loads before it (Intel SDM vol. 2B): our reading may not be taken earlier than
+/// theirs, or a clock that two vCPUs compare steps back.
 pub(crate) fn rdtscp(core: &mut Core, insn: &Instruction) -> Result<()> {
     if !core.model.has(Feature::Rdtscp) {
         return Err(Trap::ud());
     }
     need_tsc(core)?;
+    wait_for_loads();
     let tsc = core.read_tsc();
     set_edx_eax(core, tsc);
     core.set_gpr(1, core.sys.tsc_aux & 0xffff_ffff);
