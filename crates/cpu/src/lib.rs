@@ -18,8 +18,8 @@ use std::sync::Arc;
 
 pub use exit::{Answer, DebugEvent, Exit};
 pub use model::{
-    Carry, CpuModel, CpuidContext, FEATURES, Feature, FeatureSet, HostCpuid, ModelError, Offer, Place, Row,
-    Vendor,
+    Carry, CpuModel, CpuidContext, FEATURES, Feature, FeatureSet, HostCpuid, ModelError, ModelState, Offer,
+    Place, Row, Vendor,
 };
 pub use state::{Activity, CpuState, DescriptorTable, InvalidState, Msr, Segment};
 

@@ -1,7 +1,10 @@
 //! [`CpuState`]: everything that a processor is between two instructions.
 
+use serde::{Deserialize, Serialize};
+use wardian_state::Record;
+
 /// A segment register with its hidden part.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// Visible selector.
     pub selector: u16,
@@ -56,7 +59,7 @@ impl Segment {
 }
 
 /// GDTR or IDTR.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DescriptorTable {
     /// Linear base address.
     pub base: u64,
@@ -65,7 +68,8 @@ pub struct DescriptorTable {
 }
 
 /// What a vCPU is doing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Activity {
     /// Executing instructions.
     #[default]
@@ -79,7 +83,7 @@ pub enum Activity {
 }
 
 /// A model-specific register and its value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Msr {
     /// Index.
     pub index: u32,
@@ -99,8 +103,8 @@ pub struct InvalidState {
     pub why: &'static str,
 }
 
-/// The architectural state of one vCPU, neutral between engines.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The architectural state of one vCPU, neutral between engines. It is what is saved, as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuState {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8-R15 (encoding order).
     pub gpr: [u64; 16],
@@ -135,6 +139,7 @@ pub struct CpuState {
     /// DR0-DR3, DR6, DR7.
     pub dr: [u64; 6],
     /// FPU, SSE, AVX ... in the standard XSAVE format (Intel SDM vol. 1, 13.4), at least 576 bytes.
+    #[serde(with = "wardian_state::hex")]
     pub xsave: Vec<u8>,
     /// Every other model-specific register of the processor (SYSCALL, SYSENTER, kvmclock, PAT, MTRR...).
     pub msrs: Vec<Msr>,
@@ -146,6 +151,11 @@ pub struct CpuState {
     pub interrupt_shadow: bool,
     /// NMIs are held off until IRET.
     pub nmi_blocked: bool,
+}
+
+impl Record for CpuState {
+    const KIND: &'static str = "vcpu";
+    const VERSION: u16 = 1;
 }
 
 impl CpuState {

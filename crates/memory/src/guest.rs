@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegionBuilder;
@@ -52,6 +52,8 @@ pub struct GuestMemory {
     low_host: usize,
     high_host: usize,
     file: Arc<File>,
+    /// The mappings are private: `file` is what RAM was at first, and is never written.
+    private: bool,
 }
 
 fn memfd(size: u64) -> Result<File, MemoryError> {
@@ -72,10 +74,35 @@ impl GuestMemory {
     /// # Errors
     /// When `size` is no positive multiple of a page or the host cannot provide it.
     pub fn new(size: u64) -> Result<GuestMemory, MemoryError> {
+        Self::check_size(size)?;
+        Self::map(size, memfd(size)?, false)
+    }
+
+    /// `size` bytes of RAM that hold what `image` holds, which is read as it is needed and not written: RAM is a copy
+    /// on write. Whoever changes the file changes RAM that was not touched yet, and whoever truncates it ends this
+    /// process.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::new`]; when the file is shorter than `size`.
+    pub fn of_image(size: u64, image: File) -> Result<GuestMemory, MemoryError> {
+        Self::check_size(size)?;
+        let host = |source| MemoryError::Host { size, source };
+        if image.metadata().map_err(host)?.len() < size {
+            return Err(MemoryError::Map("the image is shorter".to_owned()));
+        }
+        Self::map(size, image, true)
+    }
+
+    fn check_size(size: u64) -> Result<(), MemoryError> {
         if size == 0 || !size.is_multiple_of(PAGE_SIZE) || size > 1 << 40 {
             return Err(MemoryError::Size(size));
         }
-        let file = Arc::new(memfd(size)?);
+        Ok(())
+    }
+
+    fn map(size: u64, file: File, private: bool) -> Result<GuestMemory, MemoryError> {
+        let file = Arc::new(file);
+        let sharing = if private { libc::MAP_PRIVATE } else { libc::MAP_SHARED };
         let low = size.min(LOW_RAM_END);
         let high = size - low;
         let tracker = WriteTracker::for_pages((size / PAGE_SIZE) as usize);
@@ -92,7 +119,7 @@ impl GuestMemory {
                 tracker.region((offset / PAGE_SIZE) as usize),
             )
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_mmap_flags(sharing | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
             .build()
             .map_err(|e| map_error(&e))?;
@@ -103,7 +130,7 @@ impl GuestMemory {
             );
         }
         let ram = Ram::from_regions(built).map_err(|e| MemoryError::Map(e.to_string()))?;
-        Ok(GuestMemory { ram, tracker, low, high, low_host: host[0], high_host: host[1], file })
+        Ok(GuestMemory { ram, tracker, low, high, low_host: host[0], high_host: host[1], file, private })
     }
 
     /// RAM as `vm-memory` sees it.
@@ -112,10 +139,53 @@ impl GuestMemory {
         &self.ram
     }
 
-    /// The memfd behind RAM: low region first, high region after it.
+    /// The memfd behind RAM, low region first, high region after it; of [`GuestMemory::of_image`] the image, which is
+    /// not what RAM is now.
     #[must_use]
     pub fn file(&self) -> &Arc<File> {
         &self.file
+    }
+
+    /// Spans of RAM pages that may hold something else than zeros, ascending; pages are numbered through the low and
+    /// then the high region. Who asks has stopped whatever writes.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn used_pages(&self) -> std::io::Result<Vec<Range<u64>>> {
+        let size = self.size();
+        if self.private {
+            // What was written since lies in private pages, of which the file knows nothing.
+            return Ok(std::iter::once(0..size / PAGE_SIZE).collect());
+        }
+        let seek = |from: u64, whence: libc::c_int| {
+            // SAFETY: lseek takes integers; the descriptor is ours, and nobody uses its position.
+            let at = unsafe { libc::lseek(self.file.as_raw_fd(), from as libc::off_t, whence) };
+            u64::try_from(at).map_err(|_| std::io::Error::last_os_error())
+        };
+        let mut all: Vec<Range<u64>> = Vec::new();
+        let mut at = 0;
+        while at < size {
+            let begin = match seek(at, libc::SEEK_DATA) {
+                Ok(begin) => begin,
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
+                Err(error) => return Err(error),
+            };
+            let end = seek(begin, libc::SEEK_HOLE)?.min(size);
+            all.push(begin / PAGE_SIZE..end.div_ceil(PAGE_SIZE));
+            at = end;
+        }
+        Ok(all)
+    }
+
+    /// Address of RAM page `page`, as [`GuestMemory::used_pages`] numbers them.
+    #[must_use]
+    pub fn page_address(&self, page: u64) -> Option<Gpa> {
+        let at = page.checked_mul(PAGE_SIZE)?;
+        if at < self.low {
+            Some(Gpa(at))
+        } else {
+            (at - self.low < self.high).then(|| Gpa(HIGH_RAM_START + (at - self.low)))
+        }
     }
 
     /// Bytes of RAM in all.

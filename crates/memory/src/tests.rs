@@ -42,3 +42,37 @@ fn a_write_to_marked_code_is_told_once() {
     assert_eq!(*seen.0.lock().unwrap(), vec![(3, 0b10), (3, 0b100)]);
     assert_eq!(mem.code_marks(3), 0);
 }
+
+#[test]
+fn used_pages_are_those_that_were_written() {
+    let mem = GuestMemory::new(LOW_RAM_END + 0x10_0000).unwrap();
+    assert_eq!(mem.used_pages().unwrap(), []);
+    mem.write(Gpa(0x5000), &[1]).unwrap();
+    mem.write(Gpa(HIGH_RAM_START + 0x3000), &[1]).unwrap();
+    let pages: Vec<u64> = mem.used_pages().unwrap().into_iter().flatten().collect();
+    let high = LOW_RAM_END / 4096 + 3;
+    // The host may give more than a page at once.
+    assert!(pages.contains(&5) && pages.contains(&high) && pages.len() < 2000, "{pages:?}");
+    assert_eq!(mem.page_address(high), Some(Gpa(HIGH_RAM_START + 0x3000)));
+    assert_eq!(mem.page_address(5), Some(Gpa(0x5000)));
+    assert_eq!(mem.page_address(high + 0x100), None);
+    assert_eq!(mem.page_address(u64::MAX), None);
+}
+
+#[test]
+fn an_image_is_read_and_never_written() {
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+    let source = GuestMemory::new(0x4000).unwrap();
+    let mut image = source.file().try_clone().unwrap();
+    image.write_all(&[7; 0x1000]).unwrap();
+    let mem = GuestMemory::of_image(0x4000, source.file().try_clone().unwrap()).unwrap();
+    mem.write(Gpa(0x10), &[9]).unwrap();
+    let mut bytes = [0; 2];
+    mem.read(Gpa(0x10), &mut bytes).unwrap();
+    assert_eq!(bytes, [9, 7]);
+    image.read_exact_at(&mut bytes, 0x10).unwrap();
+    assert_eq!(bytes, [7, 7]);
+    assert_eq!(mem.used_pages().unwrap().into_iter().flatten().count(), 4);
+    assert!(GuestMemory::of_image(0x5000, image).is_err());
+}

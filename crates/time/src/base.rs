@@ -7,6 +7,10 @@ use crate::paravirt::{PvClock, TscScale};
 use crate::pulse::Pulse;
 use crate::{Nanos, host};
 
+mod persist;
+
+pub use persist::TimeState;
+
 /// What guest time does about the host time that passed while the machine was paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResumePolicy {
@@ -111,8 +115,12 @@ impl TimeBase {
     }
 
     fn build(source: Source, hz: u64, wall: Nanos, config: TimeConfig) -> Arc<TimeBase> {
+        Arc::new(Self::make(source, hz, wall, config))
+    }
+
+    fn make(source: Source, hz: u64, wall: Nanos, config: TimeConfig) -> TimeBase {
         let noted = config.may_lag || config.tsc == TscMode::Emulate;
-        Arc::new(TimeBase {
+        TimeBase {
             source,
             hz,
             scale: TscScale::for_hz(hz),
@@ -124,7 +132,7 @@ impl TimeBase {
             paused: Mutex::new((0, wall)),
             wall_at_zero: AtomicU64::new(wall.0),
             pulse: Pulse::new(),
-        })
+        }
     }
 
     fn raw(&self) -> u64 {

@@ -21,7 +21,7 @@ mod queue;
 mod tests;
 mod tick;
 
-pub use base::{ResumePolicy, TimeBase, TimeConfig, TscMode};
+pub use base::{ResumePolicy, TimeBase, TimeConfig, TimeState, TscMode};
 pub use host::{
     RunDelay, ThreadTime, host_hz, host_ticks, raw as host_raw, set_timer_slack, ticks_to_nanos,
     wall as host_wall,

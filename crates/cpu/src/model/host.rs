@@ -49,6 +49,11 @@ impl HostCpuid {
         HostCpuid(answers.into_iter().collect())
     }
 
+    /// All answers, by leaf and subleaf.
+    pub fn answers(&self) -> impl Iterator<Item = ((u32, u32), [u32; 4])> {
+        self.0.iter().map(|(place, answer)| (*place, *answer))
+    }
+
     /// One answer: EAX, EBX, ECX, EDX.
     #[must_use]
     pub fn get(&self, leaf: u32, subleaf: u32) -> [u32; 4] {

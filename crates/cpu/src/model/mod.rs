@@ -8,12 +8,14 @@
 mod features;
 mod host;
 mod leaves;
+mod persist;
 #[cfg(test)]
 mod tests;
 
 use features::TABLE;
 pub use features::{Carry, Feature, FeatureSet, Place, Row, TABLE as FEATURES};
 pub use host::HostCpuid;
+pub use persist::ModelState;
 
 use crate::bits::{cr4, efer};
 
