@@ -116,6 +116,9 @@ features! {
     (0x7, 1, EDX):
         4 AvxVnniInt8 "avx_vnni_int8" Host, 5 AvxNeConvert "avx_ne_convert" Host, 8 AmxComplex "amx_complex" No,
         10 AvxVnniInt16 "avx_vnni_int16" Host, 14 Prefetchi "prefetchi" No, 19 Avx10 "avx10" No;
+    (0x7, 2, EDX):
+        0 Psfd "psfd" No, 1 IpredCtrl "ipred_ctrl" No, 2 RrsbaCtrl "rrsba_ctrl" No, 3 DdpdU "ddpd_u" No,
+        4 BhiCtrl "bhi_ctrl" Engine, 5 McdtNo "mcdt_no" No;
     (0xd, 1, EAX):
         0 Xsaveopt "xsaveopt" No, 1 Xsavec "xsavec" Host, 2 Xgetbv1 "xgetbv1" No, 3 Xsaves "xsaves" No,
         4 Xfd "xfd" No;

@@ -118,10 +118,10 @@ impl CpuModel {
             7 => match subleaf {
                 0 => {
                     let mut out = self.words(7, 0);
-                    out[0] = 1;
+                    out[0] = 2;
                     out
                 }
-                1 => self.words(7, 1),
+                1 | 2 => self.words(7, subleaf),
                 _ => EMPTY,
             },
             0xb => topology(subleaf, context),

@@ -3,7 +3,8 @@
 //! The default is the host's CPUID minus what the engine cannot carry, plus what the engine makes by itself.
 //! Speculation: the guest's kernel is told by `IA32_ARCH_CAPABILITIES` that the processor has none of the known
 //! flaws, so that it takes no costly counter-measures inside a guest that is translated anyway. `IBRS_ALL` makes
-//! Linux write `IA32_SPEC_CTRL` once (IBRS); see [`CpuModel::spec_ctrl_mask`].
+//! Linux write `IA32_SPEC_CTRL` once (IBRS); see [`CpuModel::spec_ctrl_mask`]. Kernels of 2025 and later no longer
+//! believe `BHI_NO` and run a loop of 60 branches at each system call, unless CPUID offers `BHI_DIS_S`: so it does.
 
 mod features;
 mod host;
@@ -393,11 +394,11 @@ impl CpuModel {
     }
 
     /// The bits of `IA32_SPEC_CTRL` that a guest may write without effect: IBRS where
-    /// [`CpuModel::arch_capabilities`] promises `IBRS_ALL`. Linux writes it once at boot although CPUID does not
-    /// announce the register.
+    /// [`CpuModel::arch_capabilities`] promises `IBRS_ALL` (Linux writes it once at boot although CPUID does not
+    /// announce the register), and `BHI_DIS_S` where it is offered.
     #[must_use]
     pub fn spec_ctrl_mask(&self) -> u64 {
-        self.arch_capabilities() >> 1 & 1
+        (self.arch_capabilities() >> 1 & 1) | u64::from(self.has(Feature::BhiCtrl)) << 10
     }
 }
 

@@ -207,9 +207,11 @@ fn speculation_is_answered_without_costly_controls() {
         assert_eq!(model.cpuid(7, 0, &FOUR)[3] >> 26 & 0b11_1011, 0b00_1000); // only ARCH_CAPABILITIES
         assert_eq!(model.cpuid(0x8000_0008, 0, &FOUR)[1] & 0x0300_d000, 0); // no IBPB, IBRS, STIBP, SSBD
         assert_ne!(model.cpuid(0x8000_0008, 0, &FOUR)[1] & (1 << 29), 0); // not a victim of Retbleed
-        assert_eq!(model.spec_ctrl_mask(), 1);
+        assert_eq!(model.spec_ctrl_mask(), 1 | 1 << 10);
+        assert_eq!(model.cpuid(7, 0, &FOUR)[0], 2);
+        assert_eq!(model.cpuid(7, 2, &FOUR), [0, 0, 0, 1 << 4]); // BHI_CTRL
     }
-    let none = make("host,-arch_capabilities", INTEL, false).unwrap();
+    let none = make("host,-arch_capabilities,-bhi_ctrl", INTEL, false).unwrap();
     assert_eq!((none.arch_capabilities(), none.spec_ctrl_mask()), (0, 0));
 }
 
