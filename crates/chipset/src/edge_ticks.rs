@@ -1,6 +1,7 @@
 //! Timers whose ticks are edges on an interrupt line: PIT channel 0 and the edge-triggered HPET timers.
 
-use wardian_irq::{Delivery, Gsi, TickPort};
+use wardian_irq::{Delivery, Due, Gsi, TickLink, TickPort};
+use wardian_state::check::{Wrong, at_most};
 use wardian_time::{Tick, TimeBase};
 
 /// A tick, its way to the interrupt chip, and its deadline in the timer queue.
@@ -43,6 +44,23 @@ pub(crate) trait EdgeTicks {
         }
     }
 
+    /// Takes up the tick where it was when it was saved, before the vCPUs run. Where the chip does not say what
+    /// the guest takes, what was raised counts as taken: it waits in a local APIC or PIC.
+    fn restore_link(&self, link: TickLink) {
+        self.port().set_link(link);
+        if self.port().tells_taken() {
+            if link.due == Due::No {
+                self.with_tick(|_| ());
+            } // otherwise the deadline is over, and the vCPU arms the next one when it looks
+            return;
+        }
+        let now = self.base().timeline();
+        self.with_tick(|tick| {
+            tick.taken(now);
+            tick.unmask(now);
+        });
+    }
+
     /// The guest took the interrupt.
     fn tick_taken(&self) {
         let now = self.base().timeline();
@@ -56,6 +74,12 @@ pub(crate) trait EdgeTicks {
         self.with_tick(|tick| tick.unmask(now));
         self.offer_ticks(true);
     }
+}
+
+/// Whether a chip can be that far with a tick.
+pub(crate) fn check_link(link: &TickLink) -> Result<(), Wrong> {
+    let isa = link.awaited.and_then(|awaited| awaited.isa);
+    at_most("link.awaited.isa", isa.unwrap_or(0), 15u8)
 }
 
 /// What happened to a tick, as named values for `inspect`.

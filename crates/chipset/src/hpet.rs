@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use regs::{OUTPUTS, Regs, TIMERS};
 use wardian_bus::{Access, Device};
-use wardian_irq::{Delivery, Gsi, IrqChip, Line, MsiMessage, TickId, TickPort, TickSource};
+use wardian_irq::{Delivery, Gsi, IrqChip, Line, MsiMessage, TickId, TickLink, TickPort, TickSource};
 use wardian_time::{Nanos, Tick, TickConfig, TimeBase, Timer, TimerHandler, TimerQueue};
 
 use crate::edge_ticks::EdgeTicks;
@@ -77,6 +77,14 @@ impl IrqChip for Gate {
 
     fn tick_edge(&self, id: TickId, gsi: Gsi) -> Delivery {
         self.line.chip().tick_edge(id, if self.routing.is_on() { NOWHERE } else { gsi })
+    }
+
+    fn tick_link(&self, id: TickId) -> TickLink {
+        self.line.chip().tick_link(id)
+    }
+
+    fn set_tick_link(&self, id: TickId, link: TickLink) {
+        self.line.chip().set_tick_link(id, link);
     }
 }
 

@@ -14,7 +14,8 @@ use std::sync::{Arc, Weak};
 
 use wardian_bus::{Access, Device};
 use wardian_irq::{
-    Delivery, Gsi, IrqChip, Kick, LocalInterrupts, MsiMessage, PendingEvents, TickId, TickSource,
+    Awaited, Delivery, Gsi, IrqChip, Kick, LocalInterrupts, MsiMessage, PendingEvents, TickId, TickLink,
+    TickSource,
 };
 use wardian_time::{TickConfig, TimerQueue};
 
@@ -23,7 +24,7 @@ use crate::lapic::Lapic;
 use crate::lapic::message::{Ipi, Message, Mode, Shorthand};
 use crate::lapic::regs::Effect;
 use crate::pic::{Pic, Port};
-use ticks::{Expected, Ticks, wiring};
+use ticks::{Ticks, wiring};
 
 pub use crate::ioapic::{IOAPIC_BASE, IOAPIC_PINS};
 pub use crate::lapic::{LAPIC_BASE, LAPIC_TIMER_HZ, MsrFault};
@@ -277,12 +278,20 @@ impl IrqChip for SoftIrqChip {
 
     fn tick_edge(&self, id: TickId, gsi: Gsi) -> Delivery {
         let (isa, pin) = wiring(gsi);
-        let expected = Expected { vector: self.ioapic.vector(pin), isa };
-        self.ticks.raise(id, expected, || {
+        let awaited = Awaited { vector: self.ioapic.vector(pin), isa };
+        self.ticks.raise(id, awaited, || {
             let delivery = self.set_line(gsi, true);
             self.set_line(gsi, false);
             delivery
         })
+    }
+
+    fn tick_link(&self, id: TickId) -> TickLink {
+        self.ticks.link(id)
+    }
+
+    fn set_tick_link(&self, id: TickId, link: TickLink) {
+        self.ticks.set_link(id, link);
     }
 }
 
@@ -312,7 +321,7 @@ impl LocalInterrupts for Local {
         match self.lapic.acknowledge() {
             Ok(vector) => {
                 if vector.is_some() && ticks.any_raised() {
-                    ticks.acknowledged(|expected| expected.vector == vector);
+                    ticks.acknowledged(|awaited| awaited.vector == vector);
                 }
                 vector
             }
@@ -321,7 +330,7 @@ impl LocalInterrupts for Local {
                 self.chip.pic_changed();
                 if ticks.any_raised() {
                     let is = |isa: u8| self.chip.pic.vector(isa) == vector;
-                    ticks.acknowledged(|expected| expected.isa.is_some_and(is));
+                    ticks.acknowledged(|awaited| awaited.isa.is_some_and(is));
                 }
                 Some(vector)
             }

@@ -5,6 +5,7 @@
 //! Each rising edge of channel 0's output is a tick.
 
 mod channel;
+mod persist;
 #[cfg(test)]
 mod tests;
 
@@ -17,13 +18,16 @@ use wardian_time::{Grid, Nanos, Tick, TickConfig, TimeBase, Timer, TimerHandler,
 use crate::edge_ticks::{EdgeTicks, tick_values};
 use channel::Channel;
 
+pub use channel::persist::{ChannelState, CountingState, LatchState, NextCountState, TransferState};
+pub use persist::PitState;
+
 /// Input clock in Hz.
 pub const PIT_HZ: u64 = 1_193_182;
 
 /// Half a period of the refresh request that bit 4 of port 61h shows.
 const REFRESH: u64 = 15_085;
 
-struct PitState {
+struct PitRegs {
     channels: [Channel; 3],
     /// Rising edges of channel 0's output.
     tick: Tick,
@@ -35,7 +39,7 @@ struct PitState {
 ///
 /// Lock order: its state, then the timer queue's. The line is raised without a lock.
 pub struct Pit {
-    state: Mutex<PitState>,
+    state: Mutex<PitRegs>,
     timer: Timer,
     line: Line,
     ticks: TickPort,
@@ -45,12 +49,17 @@ impl Pit {
     /// A timer whose channel 0 drives `line`, served by `queue`, with ticks as `ticks` says.
     #[must_use]
     pub fn new(queue: &Arc<TimerQueue>, line: Line, ticks: TickConfig) -> Arc<Pit> {
+        let regs = PitRegs {
+            channels: [Channel::new(true), Channel::new(true), Channel::new(false)],
+            tick: Tick::new(ticks),
+            control: 0,
+        };
+        Self::build(queue, line, regs)
+    }
+
+    fn build(queue: &Arc<TimerQueue>, line: Line, regs: PitRegs) -> Arc<Pit> {
         Arc::new_cyclic(|this: &Weak<Pit>| Pit {
-            state: Mutex::new(PitState {
-                channels: [Channel::new(true), Channel::new(true), Channel::new(false)],
-                tick: Tick::new(ticks),
-                control: 0,
-            }),
+            state: Mutex::new(regs),
             timer: queue.timer(this.clone() as Weak<dyn TimerHandler>),
             ticks: line.ticks(this.clone() as Weak<dyn TickSource>),
             line,
@@ -63,7 +72,7 @@ impl Pit {
         Arc::new(Port61(Arc::clone(self)))
     }
 
-    fn lock(&self) -> MutexGuard<'_, PitState> {
+    fn lock(&self) -> MutexGuard<'_, PitRegs> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -72,7 +81,7 @@ impl Pit {
     }
 
     /// Lets the tick follow the rising edges of channel 0's output after `now`.
-    fn restart(&self, state: &mut PitState, now: u64) {
+    fn restart(&self, state: &mut PitRegs, now: u64) {
         let lag = self.timer.base().lag();
         match state.channels[0].rises(now) {
             // What guest clocks lag behind, the grid does as well.

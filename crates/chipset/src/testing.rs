@@ -1,5 +1,7 @@
 //! What the tests of several devices share.
 
+pub(crate) mod twin;
+
 use std::sync::{Arc, Mutex};
 
 use wardian_bus::{Access, Device};
@@ -58,6 +60,13 @@ impl Clock {
         base.resume(ResumePolicy::Freeze);
         let queue = TimerQueue::new(Arc::clone(&base));
         Clock { base, queue }
+    }
+
+    /// One that stands where this one does, with nothing in its queue.
+    pub(crate) fn twin(&self) -> Clock {
+        let twin = Clock::at_wall(self.base.wall_at_zero());
+        twin.base.advance(self.base.now());
+        twin
     }
 
     /// Moves on by `by`, stopping at every deadline on the way.

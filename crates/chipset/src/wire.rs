@@ -73,6 +73,7 @@ pub(crate) mod tests {
     #[derive(Default)]
     pub(crate) struct Recorder {
         calls: Mutex<Vec<(u32, bool)>>,
+        told: Mutex<usize>,
     }
 
     impl Recorder {
@@ -87,6 +88,22 @@ pub(crate) mod tests {
         /// Level of input `gsi`.
         pub(crate) fn level(&self, gsi: Gsi) -> bool {
             lock(&self.calls).iter().rev().find(|call| call.0 == gsi.0).is_some_and(|call| call.1)
+        }
+
+        /// The calls since this was last asked.
+        pub(crate) fn news(&self) -> Vec<(u32, bool)> {
+            let calls = lock(&self.calls);
+            let from = std::mem::replace(&mut *lock(&self.told), calls.len());
+            calls[from..].to_vec()
+        }
+
+        /// The inputs that are up.
+        pub(crate) fn high(&self) -> Vec<u32> {
+            let mut inputs: Vec<u32> = lock(&self.calls).iter().map(|call| call.0).collect();
+            inputs.sort_unstable();
+            inputs.dedup();
+            inputs.retain(|gsi| self.level(Gsi(*gsi)));
+            inputs
         }
 
         /// Rising edges of input `gsi` so far.

@@ -8,7 +8,11 @@
 //!
 //! **API Boundary:** everything in this room.
 
+mod link;
+
 use std::sync::{Arc, Weak};
+
+pub use link::{Awaited, Due, TickLink};
 
 /// A global system interrupt: an input of the IOAPIC; 0-15 also reach the 8259 pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,6 +57,12 @@ pub trait IrqChip: Send + Sync {
         self.set_line(gsi, false);
         delivery
     }
+    /// How far the tick of timer `id` is, to be saved.
+    fn tick_link(&self, _id: TickId) -> TickLink {
+        TickLink::default()
+    }
+    /// How far the tick of timer `id` was when it was saved; its vCPU does not run yet.
+    fn set_tick_link(&self, _id: TickId, _link: TickLink) {}
 }
 
 /// Number of a [`TickSource`] at its chip.
@@ -101,6 +111,19 @@ impl TickPort {
     /// not know that, an accepted interrupt counts as taken.
     pub fn edge(&self, gsi: Gsi) -> Delivery {
         self.chip.tick_edge(self.id.unwrap_or(TickId(0)), gsi)
+    }
+
+    /// How far the tick is, to be saved.
+    #[must_use]
+    pub fn link(&self) -> TickLink {
+        self.id.map_or_else(TickLink::default, |id| self.chip.tick_link(id))
+    }
+
+    /// How far the tick was when it was saved.
+    pub fn set_link(&self, link: TickLink) {
+        if let Some(id) = self.id {
+            self.chip.set_tick_link(id, link);
+        }
     }
 
     /// Whether [`TickSource::taken`] follows an edge.

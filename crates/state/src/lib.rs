@@ -31,9 +31,10 @@
 //! errors that name them. **Architecture Invariant:** nothing in a file makes the reader panic, or allocate more than
 //! a small multiple of the file.
 //!
-//! **API Boundary:** [`Record`], [`Refused`], [`hex`], [`Header`], [`Writer`], [`Container`], [`StateError`].
+//! **API Boundary:** [`Record`], [`Refused`], [`check`], [`hex`], [`Header`], [`Writer`], [`Container`], [`StateError`].
 #![forbid(unsafe_code)]
 
+pub mod check;
 mod container;
 pub mod hex;
 #[cfg(test)]

@@ -29,7 +29,10 @@ pub use host::{
 pub use policy::{SLEW, TickConfig, TickPolicy, UnknownPolicy};
 pub use pulse::{Beat, Heart, Pulse};
 pub use queue::{Timer, TimerHandler, TimerQueue};
-pub use tick::{Grid, MAX_BACKLOG, PREEMPTED, SHORTEST_SERVICE, Tick, TickCounts};
+pub use tick::{
+    Grid, MAX_BACKLOG, PREEMPTED, RunState, SHORTEST_SERVICE, Tick, TickCounts, TickCountsState, TickState,
+    not_before_saved,
+};
 
 /// A point in guest time, or a span of it, in nanoseconds. Guest time starts at 0 when the machine
 /// is built and runs only while the machine runs.

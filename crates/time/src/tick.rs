@@ -1,7 +1,11 @@
 //! [`Tick`]: the one place where a due tick becomes an interrupt.
 
+mod persist;
+
 use crate::Nanos;
 use crate::policy::{SLEW, TickConfig, TickPolicy};
+
+pub use persist::{RunState, TickCountsState, TickState, not_before_saved};
 
 /// A backlog that stands for more time than this is given up at once: the guest is stepped.
 pub const MAX_BACKLOG: Nanos = Nanos(60 * Nanos::SECOND.0);

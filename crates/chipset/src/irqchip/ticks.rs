@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use wardian_irq::{Delivery, Gsi, TickId, TickSource};
+use wardian_irq::{Awaited, Delivery, Due, Gsi, TickId, TickLink, TickSource};
 
 use crate::wire::lock;
 
@@ -27,27 +27,17 @@ pub(super) struct Ticks {
     refused: AtomicU32,
     /// Raised and not taken, and what tells that they are.
     raised: AtomicU32,
-    expected: [AtomicU32; SOURCES],
+    awaited: [AtomicU32; SOURCES],
 }
 
-/// What the acknowledged vector must be for an interrupt to be a timer's: the IOAPIC's vector for its
-/// input, if that was not masked, and its ISA interrupt.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Expected {
-    pub(super) vector: Option<u8>,
-    pub(super) isa: Option<u8>,
+fn pack(awaited: Awaited) -> u32 {
+    let byte = |value: Option<u8>| value.map_or(0, |value| 0x100 | u32::from(value));
+    byte(awaited.vector) << 16 | byte(awaited.isa)
 }
 
-impl Expected {
-    fn pack(self) -> u32 {
-        let byte = |value: Option<u8>| value.map_or(0, |value| 0x100 | u32::from(value));
-        byte(self.vector) << 16 | byte(self.isa)
-    }
-
-    fn unpack(packed: u32) -> Expected {
-        let byte = |value: u32| (value & 0x100 != 0).then_some(value as u8);
-        Expected { vector: byte(packed >> 16), isa: byte(packed) }
-    }
+fn unpack(packed: u32) -> Awaited {
+    let byte = |value: u32| (value & 0x100 != 0).then_some(value as u8);
+    Awaited { vector: byte(packed >> 16), isa: byte(packed) }
 }
 
 /// The numbers of the bits that are set.
@@ -97,10 +87,10 @@ impl Ticks {
         }
     }
 
-    /// Raises timer `id`'s interrupt by `edge`, which the guest is expected to take as `expected`.
-    pub(super) fn raise(&self, id: TickId, expected: Expected, edge: impl FnOnce() -> Delivery) -> Delivery {
-        let Some(cell) = self.expected.get(usize::from(id.0)) else { return edge() };
-        cell.store(expected.pack(), Ordering::Release);
+    /// Raises timer `id`'s interrupt by `edge`, which the guest is expected to take as `awaited`.
+    pub(super) fn raise(&self, id: TickId, awaited: Awaited, edge: impl FnOnce() -> Delivery) -> Delivery {
+        let Some(cell) = self.awaited.get(usize::from(id.0)) else { return edge() };
+        cell.store(pack(awaited), Ordering::Release);
         self.raised.fetch_or(Self::bit(id), Ordering::AcqRel);
         let delivery = edge();
         if delivery == Delivery::Masked {
@@ -116,9 +106,9 @@ impl Ticks {
     }
 
     /// A vCPU took an interrupt, and `is` tells whether it is the one of a timer that expects this.
-    pub(super) fn acknowledged(&self, is: impl Fn(Expected) -> bool) {
+    pub(super) fn acknowledged(&self, is: impl Fn(Awaited) -> bool) {
         for id in bits(self.raised.load(Ordering::Acquire)) {
-            if !is(Expected::unpack(self.expected[id].load(Ordering::Acquire))) {
+            if !is(unpack(self.awaited[id].load(Ordering::Acquire))) {
                 continue;
             }
             let bit = 1 << id;
@@ -128,6 +118,40 @@ impl Ticks {
                 source.taken();
             }
         }
+    }
+
+    /// How far the tick of timer `id` is. No vCPU runs.
+    pub(super) fn link(&self, id: TickId) -> TickLink {
+        let is = |set: &AtomicU32| set.load(Ordering::Acquire) & Self::bit(id) != 0;
+        let due = match (is(&self.due), is(&self.slept)) {
+            (false, _) => Due::No,
+            (true, false) => Due::Waits,
+            (true, true) => Due::WaitsAsleep,
+        };
+        let awaited = self.awaited.get(usize::from(id.0)).filter(|_| is(&self.raised));
+        TickLink {
+            due,
+            refused: is(&self.refused),
+            awaited: awaited.map(|cell| unpack(cell.load(Ordering::Acquire))),
+        }
+    }
+
+    /// How far the tick of timer `id` was when it was saved. No vCPU runs.
+    pub(super) fn set_link(&self, id: TickId, link: TickLink) {
+        let set = |set: &AtomicU32, on: bool| {
+            if on {
+                set.fetch_or(Self::bit(id), Ordering::AcqRel);
+            } else {
+                set.fetch_and(!Self::bit(id), Ordering::AcqRel);
+            }
+        };
+        if let (Some(cell), Some(awaited)) = (self.awaited.get(usize::from(id.0)), link.awaited) {
+            cell.store(pack(awaited), Ordering::Release);
+        }
+        set(&self.raised, link.awaited.is_some());
+        set(&self.refused, link.refused);
+        set(&self.slept, link.due == Due::WaitsAsleep);
+        set(&self.due, link.due != Due::No);
     }
 
     /// The guest may have unmasked something.

@@ -400,7 +400,7 @@ fn one_shot_counts_down_once() {
         one.clock.run(Nanos(1));
         assert_eq!((one.read(reg::CURRENT), one.drain()), (0, vec![0xec]));
         one.clock.run(Nanos(10_000 * divisor));
-        assert_eq!(one.drain(), []);
+        assert_eq!(one.drain(), [0u8; 0]);
     }
     one.write(reg::INITIAL, 1000);
     one.write(reg::INITIAL, 0);
@@ -409,7 +409,7 @@ fn one_shot_counts_down_once() {
     one.write(reg::LVT_TIMER, 0x1_00ec);
     one.write(reg::INITIAL, 10);
     one.clock.run(Nanos(10));
-    assert_eq!(one.drain(), [], "masked");
+    assert_eq!(one.drain(), [0u8; 0], "masked");
 }
 
 #[test]
@@ -429,7 +429,7 @@ fn periodic_stays_on_its_grid() {
     one.clock.queue.run_due();
     assert_eq!(one.drain(), [0xec]);
     one.clock.run(Nanos(499_999));
-    assert_eq!(one.drain(), []);
+    assert_eq!(one.drain(), [0u8; 0]);
     one.clock.run(Nanos(1));
     assert_eq!(one.drain(), [0xec]);
     // To one-shot in the middle of a period: this one is the last.
@@ -438,7 +438,7 @@ fn periodic_stays_on_its_grid() {
     one.clock.run(Nanos(600_000));
     assert_eq!(one.drain(), [0xec]);
     one.clock.run(Nanos(5_000_000));
-    assert_eq!(one.drain(), []);
+    assert_eq!(one.drain(), [0u8; 0]);
 }
 
 #[test]
@@ -467,7 +467,7 @@ fn tsc_deadline() {
     one.lapic.write_deadline(5000);
     assert_eq!(one.lapic.read_deadline(), 5000);
     one.clock.run(Nanos(4999));
-    assert_eq!(one.drain(), []);
+    assert_eq!(one.drain(), [0u8; 0]);
     one.clock.run(Nanos(1));
     assert_eq!((one.drain(), one.lapic.read_deadline()), (vec![0xec], 0));
     let kicks = one.kicks();
@@ -477,10 +477,10 @@ fn tsc_deadline() {
     one.lapic.write_deadline(6000);
     one.lapic.write_deadline(0);
     one.clock.run(Nanos(2000));
-    assert_eq!(one.drain(), []);
+    assert_eq!(one.drain(), [0u8; 0]);
     one.lapic.write_deadline(u64::MAX);
     one.clock.run(Nanos::SECOND);
-    assert_eq!(one.drain(), []);
+    assert_eq!(one.drain(), [0u8; 0]);
     one.lapic.write_deadline(one.base().tsc() + 1000);
     one.write(reg::LVT_TIMER, 0xec); // leaving the mode disarms
     one.clock.run(Nanos(2000));
@@ -489,7 +489,7 @@ fn tsc_deadline() {
     one.lapic.set_tsc_adjust(1_000_000);
     one.lapic.write_deadline(one.base().tsc() + 1_000_500);
     one.clock.run(Nanos(499));
-    assert_eq!(one.drain(), []);
+    assert_eq!(one.drain(), [0u8; 0]);
     one.lapic.set_tsc_adjust(1_000_001); // the vCPU's TSC jumps past it
     assert_eq!(one.drain(), [0xec]);
 }

@@ -1,5 +1,7 @@
 //! One counter of the 8254, as a function of time.
 
+pub(super) mod persist;
+
 /// Whether the counting element counts. Ticks are those of the chip's clock since guest time 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Run {

@@ -1,10 +1,12 @@
 use std::sync::Arc;
 
 use wardian_bus::Device;
-use wardian_irq::Gsi;
-use wardian_time::{Nanos, TickConfig};
+use wardian_irq::{Awaited, Gsi};
+use wardian_state::Refused;
+use wardian_time::{Nanos, RunState, TickConfig, TickPolicy};
 
-use super::{PIT_HZ, Pit};
+use super::{CountingState, LatchState, NextCountState, PIT_HZ, Pit, PitState};
+use crate::testing::twin::{self, Random, Twin};
 use crate::testing::{Clock, at, read};
 use crate::wire::tests::Recorder;
 
@@ -281,4 +283,120 @@ fn byte_access_modes_latches_and_bcd() {
     board.pit.write(at(0), &[1, 2, 3, 4]);
     assert_eq!(read::<4>(&*board.pit, 0)[3], 0xff);
     assert!(board.pit.inspect().iter().any(|(name, _)| name == "channel0"));
+}
+
+/// A PIT with a recorder, or in a whole set of chips.
+struct PitTwin {
+    clock: Clock,
+    chip: Arc<Recorder>,
+    pit: Arc<Pit>,
+    ticks: TickConfig,
+}
+
+impl PitTwin {
+    fn parts(random: &mut Random) -> (Clock, Arc<Recorder>, TickConfig) {
+        let policies = [
+            TickPolicy::LateOne,
+            TickPolicy::Replay,
+            TickPolicy::ReplaySlew,
+            TickPolicy::Sync,
+            TickPolicy::Async,
+        ];
+        (
+            Clock::new(),
+            Recorder::new(),
+            TickConfig { policy: random.one_of(&policies), align: random.once_in(2) },
+        )
+    }
+}
+
+impl Twin for PitTwin {
+    type State = PitState;
+
+    fn fresh(random: &mut Random) -> PitTwin {
+        let (clock, chip, ticks) = PitTwin::parts(random);
+        let pit = Pit::new(&clock.queue, chip.line(Gsi(2)), ticks);
+        PitTwin { clock, chip, pit, ticks }
+    }
+
+    fn restored(other: &PitTwin, state: &PitState) -> Result<PitTwin, Refused> {
+        let (clock, chip) = (other.clock.twin(), Recorder::new());
+        let pit = Pit::restore(&clock.queue, chip.line(Gsi(2)), other.ticks, state)?;
+        Ok(PitTwin { clock, chip, pit, ticks: other.ticks })
+    }
+
+    fn save(&self) -> PitState {
+        self.chip.news();
+        self.pit.save()
+    }
+
+    fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    fn live(&self, random: &mut Random) -> String {
+        let mut data = [0; 1];
+        let port = random.below(4);
+        match random.below(8) {
+            0..3 => self.pit.read(at(port), &mut data),
+            3 => self.pit.port61().read(at(0), &mut data),
+            4 => self.pit.port61().write(at(0), &[random.next() as u8]),
+            5 => self.pit.write(at(3), &[random.next() as u8]),
+            _ => self
+                .pit
+                .write(at(port), &[random.one_of(&[0, 1, 2, 0x12, 0x40, random.clone().next() as u8])]),
+        }
+        format!("{data:?} {:?}", self.chip.news())
+    }
+
+    fn raised(&self) -> Vec<u32> {
+        self.chip.high()
+    }
+}
+
+#[test]
+fn a_restored_pit_lives_on() {
+    twin::lives_on::<PitTwin>(150);
+    twin::is_not_upset::<PitTwin>(60);
+    twin::restores_golden::<PitTwin>(|state| state.saved_at_ns);
+}
+
+#[test]
+fn impossible_states_are_refused_by_name() {
+    let mut random = Random::new(1);
+    let one = PitTwin::fresh(&mut random);
+    one.pit.write(at(3), &[0x34]);
+    one.pit.write(at(0), &[0x00]);
+    one.pit.write(at(0), &[0x10]);
+    one.clock.run(Nanos(5_000_000));
+    let refusal = |change: fn(&mut PitState)| twin::refusal(&one, change);
+    assert_eq!(refusal(|_| ()), "taken");
+    assert_eq!(refusal(|s| s.saved_at_ns += 1), "saved_at_ns");
+    assert_eq!(refusal(|s| s.port_61 = 0x10), "port_61");
+    assert_eq!(refusal(|s| s.channels[1].mode = 6), "channels[1].mode");
+    assert_eq!(refusal(|s| s.channels[0].reload = 0), "channels[0].reload");
+    assert_eq!(refusal(|s| s.channels[2].reload = 0x1_0001), "channels[2].reload");
+    assert_eq!(
+        refusal(|s| s.channels[0].counting = CountingState::Since(6_000)),
+        "channels[0].counting.since"
+    );
+    assert_eq!(refusal(|s| s.channels[0].counting = CountingState::Held(1)), "channels[0].counting.held");
+    assert_eq!(
+        refusal(|s| s.channels[0].latch = Some(LatchState { count: 1, bytes_left: 3 })),
+        "channels[0].latch.bytes_left"
+    );
+    assert_eq!(
+        refusal(|s| s.channels[0].next = Some(NextCountState { at_tick: Some(1 << 40), count: 9 })),
+        "channels[0].next.at_tick"
+    );
+    assert_eq!(refusal(|s| s.tick.run = RunState::Stopped), "tick.run");
+    assert_eq!(
+        refusal(|s| s.tick.run = RunState::Periodic { clock_hz: 1, first: 0, every: 0x1000, next: 0 }),
+        "tick.run.clock_hz"
+    );
+    assert_eq!(refusal(|s| s.tick.backlog = 1 << 40), "tick.backlog");
+    assert_eq!(
+        refusal(|s| s.link.awaited = Some(Awaited { vector: None, isa: Some(16) })),
+        "link.awaited.isa"
+    );
 }
