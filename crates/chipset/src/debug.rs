@@ -1,5 +1,7 @@
 //! Ports that test guests and early boot code talk to: debug console, debug exit, POST codes.
 
+mod persist;
+
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -9,6 +11,8 @@ use wardian_bus::{Access, Device};
 
 use crate::power::{PowerRequest, PowerSink};
 use crate::wire::lock;
+
+pub use persist::{DebugConsoleState, PostState};
 
 /// What a read of the debug console returns: how a guest tests for it (Bochs, port E9h).
 pub const CONSOLE_SIGNATURE: u8 = 0xe9;

@@ -14,6 +14,8 @@
 //! words are dropped; at most [`MAX_RECORDS`] records are kept in one life, further rings are counted.
 //! Narrower writes and reads (which show zero) do nothing.
 
+mod persist;
+
 use std::fmt::Write as _;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
@@ -22,6 +24,8 @@ use wardian_bus::{Access, Device};
 use wardian_time::{Nanos, TimeBase, host_raw};
 
 use crate::wire::lock;
+
+pub use persist::DoorbellState;
 
 /// Offset of the port that takes the words of a record.
 pub const VALUE: u64 = 0;

@@ -3,6 +3,8 @@
 //! It answers the commands of the IBM PC/AT controller (8042) that boot code and operating systems send
 //! to find out what is connected, and pulses the reset line. The ACPI tables say that there is none.
 
+mod persist;
+
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -11,6 +13,8 @@ use wardian_bus::{Access, Device};
 use crate::layout;
 use crate::power::{PowerRequest, PowerSink};
 use crate::wire::lock;
+
+pub use persist::{ExpectState, I8042State};
 
 /// Status: output buffer full.
 const STATUS_OBF: u8 = 1 << 0;
@@ -133,6 +137,10 @@ impl I8042 {
             expect: Expect::Keyboard,
             last_was_command: false,
         };
+        Self::build(power, state)
+    }
+
+    fn build(power: Arc<dyn PowerSink>, state: State) -> I8042 {
         I8042 { shared: Arc::new(Shared { state: Mutex::new(state), power }) }
     }
 

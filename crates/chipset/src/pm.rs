@@ -9,6 +9,8 @@
 //! | 08h | PM timer (4 bytes, 3.579545 MHz, 32 bits) |
 //! | 10h | GPE0 status (2 bytes, write 1 to clear), GPE0 enable (2 bytes) |
 
+mod persist;
+
 use std::sync::{Arc, Mutex, OnceLock};
 
 use wardian_bus::{Access, Device};
@@ -17,6 +19,8 @@ use wardian_time::{Nanos, TimeBase, Timer, TimerHandler, TimerQueue};
 
 use crate::power::{PowerRequest, PowerSink};
 use crate::wire::{Output, Wire, lock};
+
+pub use persist::PmState;
 
 /// Rate of the PM timer in Hz.
 pub const PM_TIMER_HZ: u64 = 3_579_545;
@@ -41,6 +45,8 @@ const PWRBTN: u16 = 1 << 8;
 /// PM1 enable: RTC alarm. Its status is never set: the alarm has its own interrupt and the FADT says that
 /// there is no RTC wake-up status; but Linux installs a handler for it and wants to see the bit stay.
 const RTC: u16 = 1 << 10;
+/// PM1 enable bits that keep what is written.
+const ENABLES: u16 = TMR | GBL | PWRBTN | RTC;
 
 /// PM1 control: SCI rather than SMI; always 1.
 const SCI_EN: u16 = 1 << 0;
@@ -105,7 +111,6 @@ impl State {
         let (register, shift) = (offset & !1, (offset & 1) * 8);
         let value = u16::from(byte) << shift;
         let keep = !(0xff << shift);
-        const ENABLES: u16 = TMR | GBL | PWRBTN | RTC;
         match register {
             PM1_EVENT => self.status &= !value,
             2 => self.enable = self.enable & keep | value & ENABLES,
@@ -134,8 +139,13 @@ impl Pm {
     /// A block whose timer is on `queue`, whose interrupt is `sci` and which reports S5 to `power`.
     #[must_use]
     pub fn new(queue: &Arc<TimerQueue>, sci: Line, power: Arc<dyn PowerSink>) -> Arc<Pm> {
+        let state = State { halves: ticks(queue.base().now()) >> 31, ..State::default() };
+        Self::build(queue, sci, power, state)
+    }
+
+    fn build(queue: &Arc<TimerQueue>, sci: Line, power: Arc<dyn PowerSink>, state: State) -> Arc<Pm> {
         let pm = Arc::new(Pm {
-            state: Mutex::new(State { halves: ticks(queue.base().now()) >> 31, ..State::default() }),
+            state: Mutex::new(state),
             base: Arc::clone(queue.base()),
             timer: OnceLock::new(),
             sci: Output::new(sci),

@@ -3,6 +3,8 @@
 //! A byte that is sent has left at once; a byte that comes waits in a backlog until the receive FIFO has
 //! room. The interrupt output is not gated by OUT2.
 
+mod persist;
+
 use std::collections::VecDeque;
 use std::io::Write;
 use std::sync::{Arc, Mutex};
@@ -11,6 +13,8 @@ use wardian_bus::{Access, Device};
 use wardian_irq::Line;
 
 use crate::wire::{Output, Wire, lock};
+
+pub use persist::SerialState;
 
 /// Depth of the receive FIFO.
 const FIFO: usize = 16;
@@ -233,6 +237,10 @@ impl Serial {
             sent: 0,
             received: 0,
         };
+        Self::build(out, line, state)
+    }
+
+    fn build(out: Box<dyn Write + Send>, line: Line, state: State) -> Serial {
         Serial {
             state: Mutex::new(state),
             out: Mutex::new(out),
