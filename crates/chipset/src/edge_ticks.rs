@@ -17,7 +17,7 @@ pub(crate) trait EdgeTicks {
     /// Offers what is due until nothing is, or the guest has to take it first.
     fn offer_ticks(&self, slept: bool) {
         loop {
-            let now = self.base().timeline();
+            let now = self.base().moment();
             let ((offered, apparent), gsi) = self.with_tick(|tick| (tick.offer(now, slept), tick.apparent()));
             if !offered {
                 return;
@@ -31,7 +31,7 @@ pub(crate) trait EdgeTicks {
                 Delivery::Masked => {
                     tick.refuse();
                     if !waits || gsi.is_none() {
-                        tick.unmask(now); // nobody will say when that changes
+                        tick.unmask(now.line); // nobody will say when that changes
                     }
                 }
                 Delivery::Coalesced => tick.coalesced(),
@@ -63,7 +63,7 @@ pub(crate) trait EdgeTicks {
 
     /// The guest took the interrupt.
     fn tick_taken(&self) {
-        let now = self.base().timeline();
+        let now = self.base().moment();
         self.with_tick(|tick| tick.taken(now));
         self.offer_ticks(true);
     }

@@ -239,8 +239,8 @@ impl TickSource for HpetTick {
         if !level {
             return self.offer_ticks(slept);
         }
-        let line = self.base.timeline();
-        let apparent = lock(&hpet.regs).offer_level(self.index, line, slept);
+        let now = self.base.moment();
+        let apparent = lock(&hpet.regs).offer_level(self.index, now, slept);
         if let Some((at, back)) = apparent {
             self.base.show(at, back);
         }

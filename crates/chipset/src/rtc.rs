@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use calendar::{DateTime, Format};
 use wardian_bus::{Access, Device};
 use wardian_irq::{Line, TickPort, TickSource};
-use wardian_time::{Grid, Nanos, Tick, TickConfig, TimeBase, Timer, TimerHandler, TimerQueue};
+use wardian_time::{Grid, Moment, Nanos, Tick, TickConfig, TimeBase, Timer, TimerHandler, TimerQueue};
 
 use crate::edge_ticks::tick_values;
 use crate::hpet::LegacyRouting;
@@ -173,9 +173,9 @@ impl State {
     }
 
     /// A due tick becomes an interrupt; says what guest clocks are to show ([`Tick::apparent`]).
-    fn offer(&mut self, line: Nanos, slept: bool) -> Option<(Nanos, bool)> {
+    fn offer(&mut self, now: Moment, slept: bool) -> Option<(Nanos, bool)> {
         self.handed = false;
-        if !self.periodic_enabled() || !self.tick.offer(line, slept) {
+        if !self.periodic_enabled() || !self.tick.offer(now, slept) {
             return None;
         }
         self.flags |= PERIODIC;
@@ -320,7 +320,7 @@ impl State {
         }
     }
 
-    fn read(&mut self, port: u64, line: Nanos, wall: Nanos) -> u8 {
+    fn read(&mut self, port: u64, now: Moment, wall: Nanos) -> u8 {
         if port != 1 {
             return 0xff; // the index port is write-only
         }
@@ -335,7 +335,7 @@ impl State {
                 let irqf = if self.interrupting() { C_IRQF } else { 0 };
                 let flags = std::mem::take(&mut self.flags) | irqf;
                 if flags & PERIODIC != 0 {
-                    self.tick.taken(line);
+                    self.tick.taken(now);
                 }
                 flags
             }
@@ -437,16 +437,12 @@ impl Rtc {
 
     fn offer_tick(&self, slept: bool) {
         // What guest clocks show changes before the interrupt does.
-        let apparent = self.change_quietly(|state, line| state.offer(line, slept));
+        let now = self.base.moment();
+        let apparent = lock(&self.state).offer(now, slept);
         if let Some((at, back)) = apparent {
             self.base.show(at, back);
         }
         self.change(|_, _, _| ());
-    }
-
-    /// Likewise, without telling the line.
-    fn change_quietly<R>(&self, change: impl FnOnce(&mut State, Nanos) -> R) -> R {
-        change(&mut lock(&self.state), self.base.timeline())
     }
 }
 
@@ -479,9 +475,10 @@ impl Device for Rtc {
     }
 
     fn read(&self, at: Access, data: &mut [u8]) {
-        let again = self.change(|state, line, wall| {
+        let now = self.base.moment();
+        let again = self.change(|state, _, wall| {
             for (port, byte) in (at.offset..).zip(data.iter_mut()) {
-                *byte = state.read(port, line, wall);
+                *byte = state.read(port, now, wall);
             }
             state.tick.backlog() > 0 && !state.tick.is_raised()
         });

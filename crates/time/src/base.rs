@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::paravirt::{PvClock, TscScale};
 use crate::pulse::Pulse;
-use crate::{Nanos, host};
+use crate::{Moment, Nanos, host};
 
 mod persist;
 
@@ -168,6 +168,12 @@ impl TimeBase {
     #[must_use]
     pub fn timeline(&self) -> Nanos {
         Nanos(self.scale.to_ns(self.line()))
+    }
+
+    /// The time line now, as the calling thread of a vCPU sees it.
+    #[must_use]
+    pub fn moment(&self) -> Moment {
+        Moment { line: self.timeline(), ran: self.follows_host().then(host::thread_time) }
     }
 
     /// How far guest clocks are behind the time line.

@@ -107,6 +107,11 @@ pub(crate) fn cpu_time() -> Nanos {
     clock(libc::CLOCK_PROCESS_CPUTIME_ID)
 }
 
+/// CPU time of the calling thread.
+pub(crate) fn thread_time() -> Nanos {
+    clock(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
 /// How long the host was suspended since it was booted.
 pub(crate) fn time_suspended() -> Nanos {
     clock(libc::CLOCK_BOOTTIME).saturating_sub(clock(libc::CLOCK_MONOTONIC))

@@ -30,8 +30,8 @@ pub use policy::{SLEW, TickConfig, TickPolicy, UnknownPolicy};
 pub use pulse::{Beat, Heart, Pulse};
 pub use queue::{Timer, TimerHandler, TimerQueue};
 pub use tick::{
-    Grid, MAX_BACKLOG, PREEMPTED, RunState, SHORTEST_SERVICE, Tick, TickCounts, TickCountsState, TickState,
-    not_before_saved,
+    Grid, MAX_BACKLOG, Moment, PREEMPTED, RunState, SHORTEST_SERVICE, Tick, TickCounts, TickCountsState,
+    TickState, not_before_saved,
 };
 
 /// A point in guest time, or a span of it, in nanoseconds. Guest time starts at 0 when the machine

@@ -14,6 +14,10 @@ pub const PREEMPTED: Nanos = Nanos(500_000);
 /// Sync: a tick that comes this late is skipped. It stands between two points, where a guest that reads its
 /// clocks in the handler may find the next point over and count it, and then gets its interrupt as well.
 pub const OFF_BEAT: Nanos = Nanos(50_000);
+/// Sync: a vCPU that ran for less than this since it took the last tick (at most a quarter of a period) may
+/// still be in the handler, and read its clocks there. Another tick is skipped until then, however punctual it
+/// is, or the guest counts it twice: lost by what it reads, and by its interrupt.
+const HANDLER: Nanos = Nanos(200_000);
 /// Sync: without any tick for so long, the next one counts however late it comes.
 pub const INSIST: Nanos = Nanos(100_000_000);
 /// A timer is not served more often than this, whatever its period: what becomes of the ticks in between is
@@ -22,6 +26,31 @@ pub const SHORTEST_SERVICE: Nanos = Nanos(20_000);
 /// An interrupt that was raised and not taken for so long is raised again: the guest may have reset the
 /// controller that held it. Where it still waits, the second merges with the first.
 const LOST: Nanos = Nanos::SECOND;
+
+/// A point of the time line, as the thread of a vCPU sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moment {
+    /// The time line.
+    pub line: Nanos,
+    /// How long the host ran that thread so far, if that is known.
+    pub ran: Option<Nanos>,
+}
+
+impl Moment {
+    /// For how long the thread ran since `then`.
+    fn ran_since(self, then: Moment) -> Nanos {
+        match (self.ran, then.ran) {
+            (Some(now), Some(before)) => now.saturating_sub(before),
+            _ => self.line.saturating_sub(then.line),
+        }
+    }
+}
+
+impl From<Nanos> for Moment {
+    fn from(line: Nanos) -> Moment {
+        Moment { line, ran: None }
+    }
+}
 
 /// The points at which a periodic timer ticks: `first`, then every `every` periods of a clock of `hz` that
 /// began at time 0. No rounding adds up.
@@ -118,6 +147,8 @@ pub struct Tick {
     insist: bool,
     /// Sync: when the guest took one last, or skipping began.
     took: Option<Nanos>,
+    /// Sync: when the guest took one last.
+    handles: Option<Moment>,
     /// The tick that is raised came due while the vCPU did not run.
     preempted: bool,
     /// Replay-slew: no interrupt before this.
@@ -219,7 +250,9 @@ impl Tick {
     /// Whether an interrupt is to be raised at `now`, when the vCPU that takes it can do so. `slept`: it
     /// was halted when the tick came due, so that the tick itself woke it.
     #[must_use]
-    pub fn offer(&mut self, now: Nanos, slept: bool) -> bool {
+    pub fn offer(&mut self, now: impl Into<Moment>, slept: bool) -> bool {
+        let moment = now.into();
+        let now = moment.line;
         if self.masked {
             return false;
         }
@@ -230,7 +263,7 @@ impl Tick {
             self.raised = Some(now);
             return true;
         }
-        if self.backlog == 0 && !self.come_due(now, slept) || now < self.not_before {
+        if self.backlog == 0 && !self.come_due(moment, slept) || now < self.not_before {
             return false;
         }
         self.raised = Some(now);
@@ -239,13 +272,17 @@ impl Tick {
     }
 
     /// Takes the point that is due into the backlog; says whether anything waits then.
-    fn come_due(&mut self, now: Nanos, slept: bool) -> bool {
+    fn come_due(&mut self, moment: Moment, slept: bool) -> bool {
+        let now = moment.line;
         match self.next() {
             Some(at) if at <= now => {
                 let late = now.saturating_sub(at);
                 self.preempted = !slept && late > PREEMPTED;
-                let sync = self.config.policy == TickPolicy::Sync;
-                let missed = !slept && late > if sync { OFF_BEAT } else { PREEMPTED };
+                let missed = !slept
+                    && match self.config.policy {
+                        TickPolicy::Sync => late > OFF_BEAT || self.may_be_in_handler(moment),
+                        _ => late > PREEMPTED,
+                    };
                 match &mut self.run {
                     Run::Periodic { .. } if missed && !self.insist => self.miss(now),
                     Run::Periodic { next, .. } => {
@@ -259,6 +296,13 @@ impl Tick {
             }
             _ => false,
         }
+    }
+
+    /// Whether the vCPU, for all that is known, has not yet come to the end of handling the last tick.
+    fn may_be_in_handler(&self, now: Moment) -> bool {
+        let Run::Periodic { grid, .. } = self.run else { return false };
+        let handler = HANDLER.0.min(grid.period().0 / 4);
+        self.handles.is_some_and(|then| now.ran_since(then).0 < handler)
     }
 
     /// Accounts for all points up to `now`. A guest can cause one message in [`MAX_BACKLOG`] at most.
@@ -324,12 +368,15 @@ impl Tick {
     }
 
     /// The guest took the interrupt. Another may be due at once: offer it.
-    pub fn taken(&mut self, now: Nanos) {
+    pub fn taken(&mut self, now: impl Into<Moment>) {
+        let moment = now.into();
+        let now = moment.line;
         if self.raised.take().is_none() {
             return;
         }
         self.counts.delivered += 1;
         self.took = Some(now);
+        self.handles = Some(moment);
         self.preempted = false;
         match self.run {
             Run::Stopped => {}

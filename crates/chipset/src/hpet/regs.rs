@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use wardian_irq::Gsi;
-use wardian_time::{Grid, Nanos, Tick, TickConfig};
+use wardian_time::{Grid, Moment, Nanos, Tick, TickConfig};
 
 use super::{CAPABILITIES, MIN_PERIOD_TICKS, PERIOD_NS};
 use crate::edge_ticks::tick_values;
@@ -248,9 +248,9 @@ impl Regs {
 
     /// A due tick of a level-triggered timer shows in the status register, whose bit the guest clears.
     /// Says what guest clocks are to show then ([`Tick::apparent`]).
-    pub(super) fn offer_level(&mut self, index: usize, line: Nanos, slept: bool) -> Option<(Nanos, bool)> {
+    pub(super) fn offer_level(&mut self, index: usize, now: Moment, slept: bool) -> Option<(Nanos, bool)> {
         let timer = &mut self.timers[index];
-        if !timer.is(T_INTERRUPT) || !timer.tick.offer(line, slept) {
+        if !timer.is(T_INTERRUPT) || !timer.tick.offer(now, slept) {
             return None;
         }
         timer.armed = false;

@@ -272,7 +272,7 @@ impl LapicState {
             self.irr.put(vector, false);
             self.isr.put(vector, true);
             if self.tick.is_raised() && self.lvt[TIMER] as u8 == vector {
-                self.tick.taken(base.timeline());
+                self.tick.taken(base.moment());
                 self.offer(base, true);
             }
         }
@@ -461,8 +461,7 @@ impl LapicState {
             }
             return;
         }
-        let now = base.timeline();
-        if !self.tick.offer(now, slept) {
+        if !self.tick.offer(base.moment(), slept) {
             return;
         }
         if self.is_tsc_deadline() {

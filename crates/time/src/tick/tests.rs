@@ -1,7 +1,7 @@
 //! Every policy's state machine by tables, as Xen's `vpt.c` has it, and properties over random lives.
 
-use super::{LOST, MAX_BACKLOG, OFF_BEAT, PREEMPTED, SHORTEST_SERVICE};
-use crate::{Grid, Nanos, SLEW, Tick, TickConfig, TickPolicy};
+use super::{HANDLER, LOST, MAX_BACKLOG, OFF_BEAT, PREEMPTED, SHORTEST_SERVICE};
+use crate::{Grid, Moment, Nanos, SLEW, Tick, TickConfig, TickPolicy};
 
 const MS: u64 = 1_000_000;
 const PERIOD: u64 = 10 * MS;
@@ -421,6 +421,41 @@ fn random_lives_keep_every_promise() {
             }
         }
     }
+}
+
+/// The vCPU's thread took a tick, ran for a while, was away until the next point, and is punctual there: it may be
+/// between that interrupt and the reading of its clocks.
+#[test]
+fn sync_skips_a_tick_that_the_handler_of_the_last_one_may_see() {
+    const ENOUGH: u64 = if HANDLER.0 < PERIOD / 4 { HANDLER.0 } else { PERIOD / 4 };
+    let moment = |line, ran| Moment { line: Nanos(line), ran: Some(Nanos(ran)) };
+    for (policy, ran, offered) in [
+        (TickPolicy::Sync, ENOUGH - 1, false),
+        (TickPolicy::Sync, ENOUGH, true),
+        (TickPolicy::LateOne, 0, true),
+        (TickPolicy::Replay, 0, true),
+    ] {
+        let mut tick = tick(policy);
+        assert!(tick.offer(moment(PERIOD, 7), false), "no tick before it is handled");
+        tick.taken(moment(PERIOD, 7));
+        assert_eq!(tick.offer(moment(2 * PERIOD, 7 + ran), false), offered, "{policy} {ran}");
+        if offered {
+            continue;
+        }
+        assert_eq!(tick.counts().missed, 1);
+        // Still there at the next point; out of it; asleep, so in no handler.
+        let [mut still, mut out, mut asleep] = [tick; 3];
+        assert!(!still.offer(moment(3 * PERIOD, 7 + ran), false));
+        assert!(out.offer(moment(3 * PERIOD, 7 + ENOUGH), false));
+        assert!(asleep.offer(moment(3 * PERIOD, 7 + ran), true));
+    }
+    // Taken late after a sleep, shortly before the next point.
+    let mut tick = tick(TickPolicy::Sync);
+    let late = 2 * PERIOD - ENOUGH / 2;
+    assert!(tick.offer(Nanos(late), true));
+    tick.taken(Nanos(late));
+    assert!(!tick.offer(Nanos(2 * PERIOD), false));
+    assert!(tick.offer(Nanos(3 * PERIOD), false));
 }
 
 #[test]
