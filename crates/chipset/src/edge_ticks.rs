@@ -65,7 +65,7 @@ pub(crate) trait EdgeTicks {
     fn tick_taken(&self) {
         let now = self.base().moment();
         self.with_tick(|tick| tick.taken(now));
-        self.offer_ticks(true);
+        self.offer_ticks(false);
     }
 
     /// The guest may have unmasked the interrupt.

@@ -483,7 +483,7 @@ impl Device for Rtc {
             state.tick.backlog() > 0 && !state.tick.is_raised()
         });
         if again {
-            self.offer_tick(true); // the line was seen to fall
+            self.offer_tick(false); // the line was seen to fall
         }
     }
 

@@ -273,7 +273,7 @@ impl LapicState {
             self.isr.put(vector, true);
             if self.tick.is_raised() && self.lvt[TIMER] as u8 == vector {
                 self.tick.taken(base.moment());
-                self.offer(base, true);
+                self.offer(base, false);
             }
         }
         Ok(vector)
