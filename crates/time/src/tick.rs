@@ -278,11 +278,12 @@ impl Tick {
             Some(at) if at <= now => {
                 let late = now.saturating_sub(at);
                 self.preempted = !slept && late > PREEMPTED;
-                let missed = !slept
-                    && match self.config.policy {
-                        TickPolicy::Sync => late > OFF_BEAT || self.may_be_in_handler(moment),
-                        _ => late > PREEMPTED,
-                    };
+                let missed = match self.config.policy {
+                    TickPolicy::Sync => {
+                        !slept && late > OFF_BEAT || self.may_handle_the_last(at, moment, slept)
+                    }
+                    _ => !slept && late > PREEMPTED,
+                };
                 match &mut self.run {
                     Run::Periodic { .. } if missed && !self.insist => self.miss(now),
                     Run::Periodic { next, .. } => {
@@ -298,11 +299,14 @@ impl Tick {
         }
     }
 
-    /// Whether the vCPU, for all that is known, has not yet come to the end of handling the last tick.
-    fn may_be_in_handler(&self, now: Moment) -> bool {
+    /// Whether the vCPU, for all that is known, had not come to the end of handling the last tick at `point`. One
+    /// that sleeps now may have come to it after that.
+    fn may_handle_the_last(&self, point: Nanos, now: Moment, slept: bool) -> bool {
         let Run::Periodic { grid, .. } = self.run else { return false };
         let handler = HANDLER.0.min(grid.period().0 / 4);
-        self.handles.is_some_and(|then| now.ran_since(then).0 < handler)
+        self.handles.is_some_and(|then| {
+            point.saturating_sub(then.line).0 < handler || !slept && now.ran_since(then).0 < handler
+        })
     }
 
     /// Accounts for all points up to `now`. A guest can cause one message in [`MAX_BACKLOG`] at most.
