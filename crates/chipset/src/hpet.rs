@@ -71,8 +71,8 @@ impl IrqChip for Gate {
         self.line.chip().attach_ticks(source)
     }
 
-    fn tick_due(&self, id: TickId) {
-        self.line.chip().tick_due(id);
+    fn tick_due(&self, id: TickId, point: Nanos) {
+        self.line.chip().tick_due(id, point);
     }
 
     fn tick_edge(&self, id: TickId, gsi: Gsi) -> Delivery {
@@ -162,7 +162,7 @@ impl Hpet {
         // Guest time is read once: every timer sees the same.
         let now = self.base.now();
         let line = now.saturating_add(self.base.lag());
-        let (result, wires, due): (R, [Wire; OUTPUTS], [bool; TIMERS]) = {
+        let (result, wires, due): (R, [Wire; OUTPUTS], [Option<Nanos>; TIMERS]) = {
             let mut regs = lock(&self.regs);
             regs.advance(now, line);
             let result = change(&mut regs, now, line);
@@ -177,8 +177,10 @@ impl Hpet {
         for (output, wire) in self.outputs.iter().zip(wires) {
             output.publish(wire);
         }
-        for (_, tick) in due.into_iter().zip(self.ticks.get().into_iter().flatten()).filter(|due| due.0) {
-            tick.port().due();
+        for (due, tick) in due.into_iter().zip(self.ticks.get().into_iter().flatten()) {
+            if let Some(point) = due {
+                tick.port().due(point);
+            }
         }
         result
     }

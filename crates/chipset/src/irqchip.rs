@@ -17,7 +17,7 @@ use wardian_irq::{
     Awaited, Delivery, Gsi, IrqChip, Kick, LocalInterrupts, MsiMessage, PendingEvents, TickId, TickLink,
     TickSource,
 };
-use wardian_time::{TickConfig, TimerQueue};
+use wardian_time::{Nanos, TickConfig, TimerQueue};
 
 use crate::ioapic::{Ioapic, Request};
 use crate::lapic::Lapic;
@@ -271,8 +271,8 @@ impl IrqChip for SoftIrqChip {
         self.ticks.attach(source)
     }
 
-    fn tick_due(&self, id: TickId) {
-        self.ticks.set_due(id, self.lapics[0].is_idle());
+    fn tick_due(&self, id: TickId, point: Nanos) {
+        self.ticks.set_due(id, self.lapics[0].slept_at(point));
         self.lapics[0].kick_vcpu();
     }
 

@@ -93,9 +93,9 @@ impl Lapic {
         result
     }
 
-    /// Whether the vCPU sleeps in HLT.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.kick.get().is_some_and(|kick| kick.is_idle())
+    /// Whether the vCPU sleeps in HLT and did at `point`.
+    pub(crate) fn slept_at(&self, point: Nanos) -> bool {
+        self.kick.get().is_some_and(|kick| kick.slept_at(point))
     }
 
     /// Makes the vCPU look.
@@ -232,9 +232,10 @@ impl Lapic {
 }
 
 impl TimerHandler for Lapic {
-    fn expired(&self, _now: Nanos) {
+    fn expired(&self, now: Nanos) {
         // The queue fires once per deadline: the timer is set again when the tick was offered.
-        self.due.store(if self.is_idle() { DUE_ASLEEP } else { DUE }, Ordering::Release);
+        let point = self.look(LapicState::next_tick).unwrap_or(now);
+        self.due.store(if self.slept_at(point) { DUE_ASLEEP } else { DUE }, Ordering::Release);
         self.kick_vcpu();
     }
 }

@@ -124,8 +124,9 @@ impl Pit {
 }
 
 impl TimerHandler for Pit {
-    fn expired(&self, _now: Nanos) {
-        self.ticks.due();
+    fn expired(&self, now: Nanos) {
+        let point = self.lock().tick.next().unwrap_or(now);
+        self.ticks.due(point);
     }
 }
 

@@ -451,10 +451,10 @@ impl TimerHandler for Rtc {
         let due = self.change(|state, line, _| {
             let due = state.periodic_enabled() && !state.handed && state.tick.is_due(line);
             state.handed |= due;
-            due
+            due.then(|| state.tick.next().unwrap_or(line))
         });
-        if due && let Some(ticks) = self.ticks.get() {
-            ticks.due();
+        if let Some((point, ticks)) = due.zip(self.ticks.get()) {
+            ticks.due(point);
         }
     }
 }

@@ -12,6 +12,8 @@ mod link;
 
 use std::sync::{Arc, Weak};
 
+use wardian_time::Nanos;
+
 pub use link::{Awaited, Due, TickLink};
 
 /// A global system interrupt: an input of the IOAPIC; 0-15 also reach the 8259 pair.
@@ -49,8 +51,9 @@ pub trait IrqChip: Send + Sync {
     fn attach_ticks(&self, _source: Weak<dyn TickSource>) -> Option<TickId> {
         None
     }
-    /// Timer `id` has something to offer: its vCPU calls [`TickSource::offer`] soon.
-    fn tick_due(&self, _id: TickId) {}
+    /// Timer `id` has something to offer that came due at `point` of the time line: its vCPU calls
+    /// [`TickSource::offer`] soon.
+    fn tick_due(&self, _id: TickId, _point: Nanos) {}
     /// An edge on input `gsi` for timer `id`, which learns when the guest takes it.
     fn tick_edge(&self, _id: TickId, gsi: Gsi) -> Delivery {
         let delivery = self.set_line(gsi, true);
@@ -95,10 +98,10 @@ impl TickPort {
         TickPort { chip, source, id }
     }
 
-    /// Something is to be offered. Where the chip has no such thread, that happens here and now.
-    pub fn due(&self) {
+    /// Something that came due at `point` is to be offered. Where the chip has no such thread, that happens here and now.
+    pub fn due(&self, point: Nanos) {
         match self.id {
-            Some(id) => self.chip.tick_due(id),
+            Some(id) => self.chip.tick_due(id, point),
             None => {
                 if let Some(source) = self.source.upgrade() {
                     source.offer(true);
@@ -195,8 +198,8 @@ impl std::fmt::Debug for Line {
 pub trait Kick: Send + Sync {
     /// Kicks.
     fn kick(&self);
-    /// Whether the vCPU sleeps in HLT now.
-    fn is_idle(&self) -> bool {
+    /// Whether the vCPU sleeps in HLT now and did so at `point` of the time line already.
+    fn slept_at(&self, _point: Nanos) -> bool {
         false
     }
 }

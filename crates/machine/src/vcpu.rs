@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use wardian_cpu::{Answer, CpuState, DebugEvent, Exit, Vcpu};
 use wardian_irq::LocalInterrupts;
-use wardian_time::host_ticks;
+use wardian_time::{TimeBase, host_ticks};
 
 use crate::accounts::{Account, Phase};
 use crate::board::Board;
@@ -78,6 +78,7 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) board: &'a Board,
     pub(crate) gate: &'a Gate,
     pub(crate) ending: &'a Ending,
+    pub(crate) time: &'a TimeBase,
     /// Where time is counted in instructions.
     pub(crate) pace: Option<Pace<'a>>,
     /// The vCPU, at rest now, met a condition of the debugger. Says whether a debugger takes care of it.
@@ -142,7 +143,7 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
                 account.sleeps(vcpu.glance().interrupts_enabled);
                 let not_now = || around.gate.attention(slot.index) || around.ending.is_set();
                 if !around.pace.is_some_and(Pace::skip) {
-                    slot.wake.sleep(not_now);
+                    slot.wake.sleep(around.time.timeline(), not_now);
                 }
             }
             Exit::Shutdown => {

@@ -195,6 +195,7 @@ impl Vm {
             board,
             gate: &self.gate,
             ending: &self.ending,
+            time: self.queue.base(),
             pace: Pace::of(&self.queue),
             debug: &*self.debug,
             release: &|index| self.release(&|n| n == index),

@@ -1,9 +1,10 @@
 //! How a vCPU sleeps in HLT and is woken.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use wardian_irq::Kick;
+use wardian_time::Nanos;
 
 /// The kick that the interrupt chip holds: wakes the vCPU's thread if it sleeps, and makes the engine look
 /// up if it runs.
@@ -15,6 +16,8 @@ pub(crate) struct Wake {
     engine: Arc<dyn Kick>,
     kicked: AtomicBool,
     sleeping: AtomicBool,
+    /// Since when on the time line, in ns.
+    since: AtomicU64,
     lock: Mutex<()>,
     changed: Condvar,
 }
@@ -26,6 +29,7 @@ impl Wake {
             engine,
             kicked: AtomicBool::new(false),
             sleeping: AtomicBool::new(false),
+            since: AtomicU64::new(0),
             lock: Mutex::new(()),
             changed: Condvar::new(),
         })
@@ -41,9 +45,10 @@ impl Wake {
         self.engine.kick();
     }
 
-    /// Sleeps until kicked, or not at all if kicked since [`Wake::clear`] or if `not_now`.
-    pub(crate) fn sleep(&self, not_now: impl Fn() -> bool) {
+    /// From `now` on the time line, sleeps until kicked, or not at all if kicked since [`Wake::clear`] or if `not_now`.
+    pub(crate) fn sleep(&self, now: Nanos, not_now: impl Fn() -> bool) {
         let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.since.store(now.0, Ordering::Relaxed);
         self.sleeping.store(true, Ordering::SeqCst);
         while !self.kicked.swap(false, Ordering::SeqCst) && !not_now() {
             guard = self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
@@ -67,7 +72,7 @@ impl Kick for Wake {
         }
     }
 
-    fn is_idle(&self) -> bool {
-        self.sleeps()
+    fn slept_at(&self, point: Nanos) -> bool {
+        self.sleeping.load(Ordering::Acquire) && self.since.load(Ordering::Relaxed) <= point.0
     }
 }

@@ -146,9 +146,7 @@ pub struct Tick {
     /// Otherwise a vCPU that always runs between two points would never see one.
     insist: bool,
     /// Sync: when the guest took one last, or skipping began.
-    took: Option<Nanos>,
-    /// Sync: when the guest took one last.
-    handles: Option<Moment>,
+    took: Option<Moment>,
     /// The tick that is raised came due while the vCPU did not run.
     preempted: bool,
     /// Replay-slew: no interrupt before this.
@@ -304,7 +302,7 @@ impl Tick {
     fn may_handle_the_last(&self, point: Nanos, now: Moment, slept: bool) -> bool {
         let Run::Periodic { grid, .. } = self.run else { return false };
         let handler = HANDLER.0.min(grid.period().0 / 4);
-        self.handles.is_some_and(|then| {
+        self.took.is_some_and(|then| {
             point.saturating_sub(then.line).0 < handler || !slept && now.ran_since(then).0 < handler
         })
     }
@@ -318,7 +316,7 @@ impl Tick {
         match self.config.policy {
             TickPolicy::Sync => {
                 self.counts.missed += missed;
-                let took = *self.took.get_or_insert(now);
+                let took = self.took.get_or_insert(now.into()).line;
                 self.insist = self.backlog == 0 && now.saturating_sub(took) >= INSIST;
             }
             TickPolicy::Async => {
@@ -379,8 +377,7 @@ impl Tick {
             return;
         }
         self.counts.delivered += 1;
-        self.took = Some(now);
-        self.handles = Some(moment);
+        self.took = Some(moment);
         self.preempted = false;
         match self.run {
             Run::Stopped => {}

@@ -258,14 +258,14 @@ impl Regs {
         timer.tick.apparent()
     }
 
-    /// The ticks that are due and not handed over yet: those are handed over now.
-    pub(super) fn hand_over(&mut self, line: Nanos) -> [bool; TIMERS] {
+    /// Since when the ticks are due that are not handed over yet: those are handed over now.
+    pub(super) fn hand_over(&mut self, line: Nanos) -> [Option<Nanos>; TIMERS] {
         let interrupts: [bool; TIMERS] = std::array::from_fn(|index| self.interrupts(index));
         std::array::from_fn(|index| {
             let timer = &mut self.timers[index];
             let due = interrupts[index] && !timer.handed && timer.tick.is_due(line);
             timer.handed |= due;
-            due
+            due.then(|| timer.tick.next().unwrap_or(line))
         })
     }
 

@@ -436,6 +436,11 @@ impl LapicState {
         }
     }
 
+    /// The point of the time line at which the timer is due next.
+    pub(crate) fn next_tick(&self) -> Option<Nanos> {
+        self.tick.next()
+    }
+
     /// The count at `now` of the time line.
     fn current(&self, now: Nanos) -> u32 {
         let Some(next) = self.tick.next().filter(|_| !self.is_tsc_deadline()) else {

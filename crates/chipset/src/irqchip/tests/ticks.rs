@@ -21,7 +21,7 @@ const MS: u64 = 1_000_000;
 struct Cpu(AtomicBool);
 impl Kick for Cpu {
     fn kick(&self) {}
-    fn is_idle(&self) -> bool {
+    fn slept_at(&self, _point: Nanos) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
