@@ -149,7 +149,7 @@ impl State {
             }
             Device::Hpet => {
                 let edge = read64(HPET + 0x108).wrapping_sub(self.reload);
-                read64(HPET + 0xf0).wrapping_sub(edge) % (2 * self.reload)
+                read64(HPET + 0xf0).wrapping_sub(edge) % self.reload
             }
             Device::Lapic => self.reload.saturating_sub(apic::read(apic::TIMER_CURRENT).into()),
             Device::Rtc => 0,
