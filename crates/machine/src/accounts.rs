@@ -32,6 +32,8 @@ const KIND: u64 = 15;
 /// The account of one vCPU. Written by its thread, read by anybody.
 #[derive(Debug)]
 pub(crate) struct Account {
+    /// Nobody reads it, so nothing is written.
+    closed: AtomicBool,
     /// Host ticks spent in each phase, but for the present stretch.
     spent: [AtomicU64; PHASES],
     /// Host ticks at which the present stretch began; its low bits are the phase.
@@ -51,6 +53,7 @@ pub(crate) struct Account {
 impl Default for Account {
     fn default() -> Account {
         Account {
+            closed: AtomicBool::new(false),
             spent: Default::default(),
             since: AtomicU64::new(host_ticks() & !(PHASE | CHANGING) | Phase::Resting as u64),
             longest: AtomicU64::new(0),
@@ -76,6 +79,11 @@ pub(crate) struct Reading {
 }
 
 impl Account {
+    /// Nothing is written from now on.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
     /// Called by the vCPU's thread, first of all.
     pub(crate) fn begin(&self) {
         self.thread.get_or_init(RunDelay::of_this_thread);
@@ -91,6 +99,9 @@ impl Account {
 
     /// The vCPU's thread is at `phase` from `now` on, in host ticks.
     pub(crate) fn enter(&self, phase: Phase, now: u64) {
+        if self.closed.load(Ordering::Relaxed) {
+            return;
+        }
         let old = self.since.load(Ordering::Relaxed);
         let (began, now) = (old & !(PHASE | CHANGING), now & !(PHASE | CHANGING));
         self.since.store(old | CHANGING, Ordering::Relaxed);

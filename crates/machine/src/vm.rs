@@ -103,6 +103,9 @@ impl PauseGuard {
 impl Vm {
     /// A machine whose threads do not run yet.
     pub(crate) fn new(parts: Parts, ending: Arc<Ending>, debug: DebugHook) -> Arc<Vm> {
+        if parts.lockup.is_none() {
+            parts.slots.iter().for_each(|slot| slot.account.close());
+        }
         Arc::new(Vm {
             memory: parts.memory,
             queue: parts.queue,

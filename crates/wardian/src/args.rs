@@ -134,7 +134,8 @@ pub(crate) struct Run {
     /// time) or step:SPAN, such as step:1.5s [default: advance].
     #[arg(long, value_name = "POLICY")]
     on_resume: Option<OnResume>,
-    /// Say why a vCPU makes no progress for so many seconds, 3 to 3600, or 0 for never [default: 20].
+    /// Say why a vCPU makes no progress for so many seconds, 3 to 3600, or 0 for never, without an
+    /// account of where its time goes [default: 20].
     #[arg(long, value_name = "SECONDS")]
     lockup_seconds: Option<LockupSeconds>,
     /// Write what happens to this file, as JSON lines: pauses, stops, vCPUs without progress.

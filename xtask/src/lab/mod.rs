@@ -7,6 +7,7 @@
 //! **Architecture Invariant:** cells run at the same time only where they are load to each other.
 //! **Architecture Invariant:** what was measured once is not measured again in the same folder; a fault is.
 
+mod accounts;
 mod cell;
 mod chart;
 mod check;
@@ -45,6 +46,8 @@ enum What {
     Skew(Skew),
     /// What makes a guest complain of lockups, and whether the doctor knows why.
     Lockup(lockup::Args),
+    /// What the lockup doctor and its accounts cost a guest that computes.
+    Accounts(accounts::Args),
 }
 
 #[derive(clap::Args)]
@@ -103,6 +106,7 @@ pub fn main(args: &Args) -> Result<()> {
     match &args.what {
         What::Skew(args) => skew(args),
         What::Lockup(args) => lockup::main(args),
+        What::Accounts(args) => accounts::main(args),
     }
 }
 

@@ -57,7 +57,7 @@ impl FromStr for OnResume {
     }
 }
 
-/// How long a vCPU may make no progress before somebody is told: seconds, or 0 for ever.
+/// How long a vCPU may make no progress before somebody is told: seconds, or 0 for ever: then no account is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockupSeconds(pub u32);
 
