@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use cpio::newc::{self, Builder};
 
 use super::cell::{Cell, Load, Policy, word};
+use super::load;
 use crate::bench::vm;
 use crate::guest::{self, Kernel};
 use crate::guests;
@@ -43,7 +44,7 @@ impl Guests {
     /// # Errors
     /// When something cannot be built.
     pub fn prepare(wardian: Option<&Path>, more: &[String], linux: bool, place: &Path) -> Result<Guests> {
-        need(&[("taskset", "util-linux")])?;
+        need(&[("taskset", "util-linux"), ("setpriv", "util-linux")])?;
         let wardian = vm::wardian(wardian)?;
         let step = Step::begin("Building the tick guest");
         let made = guests::build(&["tick".to_owned()])?;
@@ -93,15 +94,8 @@ impl Guests {
     }
 
     fn pinned(&self, core: Option<usize>) -> Command {
-        let mut command = match core {
-            Some(core) => {
-                let mut command = Command::new("taskset");
-                command.arg("-c").arg(core.to_string()).arg(&self.wardian);
-                command
-            }
-            None => Command::new(&self.wardian),
-        };
-        command.arg("run").arg("--no-reboot").args(&self.more);
+        let mut command = load::leashed(core);
+        command.arg(&self.wardian).arg("run").arg("--no-reboot").args(&self.more);
         command
     }
 

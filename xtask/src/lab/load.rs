@@ -24,13 +24,24 @@ impl Drop for Owned {
     }
 }
 
+/// A command that runs the program in its next argument, on `core` alone, if given, and kills it when the lab itself
+/// is killed: whoever is left over would spoil what is measured next.
+pub fn leashed(core: Option<usize>) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]);
+    if let Some(core) = core {
+        command.args(["taskset", "-c", &core.to_string()]);
+    }
+    command
+}
+
 /// A process that loops on `core`.
 ///
 /// # Errors
 /// When it cannot be started.
 pub fn spinner(core: usize) -> Result<Owned> {
-    let mut command = Command::new("taskset");
-    command.arg("-c").arg(core.to_string()).args(["sh", "-c", "while :; do :; done"]);
+    let mut command = leashed(Some(core));
+    command.args(["sh", "-c", "while :; do :; done"]);
     let child = command.stdin(Stdio::null()).spawn().context("Cannot start a busy process")?;
     Ok(Owned(child))
 }
@@ -166,6 +177,35 @@ mod tests {
         assert_eq!(long.len(), 1);
         assert_eq!(long[0].1 - long[0].0, 30.0);
         assert!(stops(&cell(Load::Cpu3, 30, 1)).is_empty());
+    }
+
+    #[test]
+    fn a_load_ends_with_whoever_is_killed() {
+        // A shell starts it, says its number, and is killed.
+        let line = {
+            let told: Vec<_> = std::iter::once(leashed(Some(0)).get_program().to_owned())
+                .chain(leashed(Some(0)).get_args().map(ToOwned::to_owned))
+                .map(|word| word.into_string().unwrap())
+                .collect();
+            format!("{} sleep 30 & echo $!; wait", told.join(" "))
+        };
+        let mut shell = Command::new("sh");
+        let mut shell = Owned(shell.args(["-c", &line]).stdout(Stdio::piped()).spawn().unwrap());
+        let mut number = String::new();
+        let out = shell.0.stdout.take().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut number).unwrap();
+        let process = format!("/proc/{}/comm", number.trim());
+        let began = Instant::now();
+        // Until it is what it is to be.
+        while std::fs::read_to_string(&process).is_ok_and(|name| name.trim() != "sleep") {
+            assert!(began.elapsed() < Duration::from_secs(20));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(shell);
+        while std::fs::read_to_string(&process).is_ok_and(|name| name.trim() == "sleep") {
+            assert!(began.elapsed() < Duration::from_secs(20), "it goes on");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     #[test]
