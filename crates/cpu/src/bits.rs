@@ -122,4 +122,14 @@ pub mod msr {
     pub const GS_BASE: u32 = 0xc000_0101;
     pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
     pub const TSC_AUX: u32 = 0xc000_0103;
+    /// Fixed-range MTRRs (Intel SDM vol. 3A, 12.11.2.2).
+    pub const FIXED_MTRRS: [u32; 11] =
+        [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
+    /// Variable-range MTRRs: base and mask of each in turn.
+    pub const VARIABLE_MTRRS: std::ops::RangeInclusive<u32> = 0x200..=0x20f;
+    /// Whether `index` is a fixed-range or variable-range MTRR.
+    #[must_use]
+    pub fn is_mtrr(index: u32) -> bool {
+        VARIABLE_MTRRS.contains(&index) || FIXED_MTRRS.contains(&index)
+    }
 }

@@ -12,14 +12,15 @@
 pub mod bits;
 mod exit;
 mod model;
+pub mod paravirt;
 mod state;
 
 use std::sync::Arc;
 
 pub use exit::{Answer, DebugEvent, Exit};
 pub use model::{
-    Carry, CpuModel, CpuidContext, FEATURES, Feature, FeatureSet, HostCpuid, ModelError, ModelState, Offer,
-    Place, Row, Vendor,
+    Carrier, Carry, CpuModel, CpuidContext, FEATURES, Feature, FeatureSet, HostCpuid, ModelError, ModelState,
+    Offer, Place, Row, Vendor,
 };
 pub use state::{Activity, CpuState, DescriptorTable, InvalidState, Msr, Segment};
 

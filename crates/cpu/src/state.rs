@@ -202,4 +202,24 @@ impl CpuState {
             nmi_blocked: false,
         }
     }
+
+    /// The state after INIT from `self` (Intel SDM vol. 3A, table 9-1) of a processor with leaf 1 EAX
+    /// `signature`: that after RESET, but caching mode, XCR0, FPU and vector registers, TSC, PAT, MTRRs and
+    /// machine-check registers stay. The activity is the caller's business.
+    #[must_use]
+    pub fn after_init(self, signature: u32) -> CpuState {
+        use crate::bits::{cr0, msr};
+        let stays = |index: u32| {
+            matches!(index, msr::PAT | msr::MTRR_DEF_TYPE | msr::MISC_ENABLE | msr::MCG_STATUS)
+                || msr::is_mtrr(index)
+        };
+        let mut state = CpuState::reset();
+        state.gpr[2] = u64::from(signature);
+        state.cr0 = (self.cr0 & (cr0::CD | cr0::NW)) | cr0::ET;
+        state.xcr0 = self.xcr0;
+        state.xsave = self.xsave;
+        state.tsc_adjust = self.tsc_adjust;
+        state.msrs = self.msrs.into_iter().filter(|msr| stays(msr.index)).collect();
+        state
+    }
 }

@@ -39,7 +39,7 @@ mod vcpu;
 
 use std::sync::Arc;
 
-use wardian_cpu::{Activity, CpuModel, CpuState, Engine, EngineError, Offer, Vcpu};
+use wardian_cpu::{Activity, Carrier, CpuModel, CpuState, Engine, EngineError, Offer, Vcpu};
 use wardian_irq::LocalInterrupts;
 use wardian_memory::{CodeListener, GuestMemory};
 use wardian_time::TimeBase;
@@ -89,7 +89,7 @@ impl SoftEngine {
     /// What this engine can carry, for [`CpuModel::host`].
     #[must_use]
     pub fn offer(time: &TimeBase) -> Offer {
-        Offer { avx512: fpu::carries_avx512(), tsc_hz: time.tsc_hz() }
+        Offer { carrier: Carrier::Translator, avx512: fpu::carries_avx512(), tsc_hz: time.tsc_hz() }
     }
 }
 

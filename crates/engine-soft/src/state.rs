@@ -15,7 +15,6 @@ use crate::sys::{canonical, control};
 const RFLAGS_DEFINED: u64 = 0x003f_7fd7;
 const XSTATE_BV: usize = 512;
 const XSAVE_MIN: usize = 576;
-const FIXED_MTRRS: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
 
 /// The registers of [`CpuState::msrs`] but the MTRRs, in the order they are saved.
 const PLAIN: [u32; 17] = [
@@ -71,7 +70,7 @@ pub(crate) fn save(core: &Core) -> CpuState {
     let sys = &core.sys;
     let mut copy = sys.clone();
     copy.kernel_gs_base = core.c().kernel_gs_base;
-    let indexes = PLAIN.into_iter().chain(0x200..=0x20f).chain(FIXED_MTRRS);
+    let indexes = PLAIN.into_iter().chain(0x200..=0x20f).chain(msr::FIXED_MTRRS);
     let msrs =
         indexes.filter_map(|index| field(&mut copy, index).map(|v| Msr { index, value: *v })).collect();
     let mut segments = sys.segments;
@@ -315,23 +314,11 @@ pub(crate) fn restore(core: &mut Core, state: &CpuState) -> Result<(), InvalidSt
     Ok(())
 }
 
-/// INIT (Intel SDM vol. 3A, table 9-1): the reset state, but caching mode, XCR0, FPU and vector registers, TSC, PAT,
-/// MTRRs and machine-check registers stay. The activity is the caller's business.
+/// INIT ([`CpuState::after_init`]). The activity is the caller's business.
 ///
 /// # Errors
 /// As [`restore`].
 pub(crate) fn init(core: &mut Core) -> Result<(), InvalidState> {
-    let old = save(core);
-    let mut state = CpuState::reset();
-    state.gpr[2] = u64::from(core.model.signature());
-    state.cr0 = (old.cr0 & (cr0::CD | cr0::NW)) | cr0::ET;
-    state.xcr0 = old.xcr0;
-    state.xsave = old.xsave;
-    state.tsc_adjust = old.tsc_adjust;
-    let stays = |index: u32| match index {
-        msr::PAT | msr::MTRR_DEF_TYPE | msr::MISC_ENABLE | msr::MCG_STATUS | 0x200..=0x20f => true,
-        _ => fixed_mtrr(index).is_some(),
-    };
-    state.msrs = old.msrs.into_iter().filter(|msr| stays(msr.index)).collect();
+    let state = save(core).after_init(core.model.signature());
     restore(core, &state)
 }

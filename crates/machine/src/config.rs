@@ -185,6 +185,10 @@ pub enum EngineChoice {
     Auto,
     /// The software engine.
     Soft,
+    /// The host's processor, through `/dev/kvm`.
+    Kvm,
+    /// Likewise, even where KVM is software itself and a stock kernel is not expected to work.
+    KvmForced,
 }
 
 impl FromStr for EngineChoice {
@@ -194,11 +198,13 @@ impl FromStr for EngineChoice {
         match text {
             "auto" => Ok(EngineChoice::Auto),
             "soft" => Ok(EngineChoice::Soft),
-            _ => Err(bad("engine", text, "give auto or soft")),
+            "kvm" => Ok(EngineChoice::Kvm),
+            "kvm-forced" => Ok(EngineChoice::KvmForced),
+            _ => Err(bad("engine", text, "give auto, soft, kvm or kvm-forced")),
         }
     }
 }
-by_text!(EngineChoice, "auto or soft");
+by_text!(EngineChoice, "auto, soft, kvm or kvm-forced");
 
 /// A disk of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use wardian_cpu::{CpuModel, Engine};
+use wardian_cpu::{CpuModel, Engine, EngineError};
+use wardian_engine_kvm::{KvmEngine, KvmHost};
 use wardian_engine_soft::{Options, SoftEngine};
 use wardian_memory::GuestMemory;
 use wardian_time::TimeBase;
@@ -22,19 +23,29 @@ pub(crate) struct EngineArgs<'a> {
 
 /// The engine for a new machine and the processor that it offers.
 pub(crate) fn make(args: &EngineArgs<'_>) -> Result<(Arc<dyn Engine>, Arc<CpuModel>), MachineError> {
-    let (EngineChoice::Auto | EngineChoice::Soft) = args.choice;
-    let offer = SoftEngine::offer(args.time);
-    let model = CpuModel::host(args.cpu, &offer)
-        .map_err(|source| MachineError::Model { spec: args.cpu.to_owned(), source })?;
-    let options = Options { cpus: args.cpus };
-    let engine = SoftEngine::new(args.memory.clone(), Arc::clone(args.time), &options)?;
-    Ok((engine, Arc::new(model)))
+    let bad_model = |source| MachineError::Model { spec: args.cpu.to_owned(), source };
+    match args.choice {
+        EngineChoice::Auto | EngineChoice::Soft => {
+            let model = CpuModel::host(args.cpu, &SoftEngine::offer(args.time)).map_err(bad_model)?;
+            let options = Options { cpus: args.cpus };
+            let engine = SoftEngine::new(args.memory.clone(), Arc::clone(args.time), &options)?;
+            Ok((engine, Arc::new(model)))
+        }
+        EngineChoice::Kvm | EngineChoice::KvmForced => {
+            let host = KvmHost::open().map_err(EngineError::from)?;
+            let model =
+                CpuModel::from_host(args.cpu, &host.offer(args.time), host.cpuid()).map_err(bad_model)?;
+            let engine = KvmEngine::new(&host, args.memory.clone(), Arc::clone(args.time), args.cpus)?;
+            Ok((engine, Arc::new(model)))
+        }
+    }
 }
 
 /// One line that says which engine was taken and why.
 pub(crate) fn reason(choice: EngineChoice) -> &'static str {
     match choice {
         EngineChoice::Soft => "Engine soft, as asked for",
-        EngineChoice::Auto => "Engine soft: the only one in this build; it needs no virtualization hardware",
+        EngineChoice::Kvm | EngineChoice::KvmForced => "Engine kvm, as asked for",
+        EngineChoice::Auto => "Engine soft: it needs no virtualization hardware",
     }
 }

@@ -212,6 +212,75 @@ pub static NEEDS: &[(Feature, Feature)] = {
     ]
 };
 
+/// Features that no guest on hardware is given although the processor may have them: nested virtualization,
+/// state that is not carried ([`super::CpuModel::xcr0_mask`], `IA32_XSS`, performance counters), wider linear
+/// addresses, and leaves that are not composed.
+const NOT_ON_HARDWARE: &[Feature] = {
+    use Feature::{
+        Amd3dnow, Amd3dnowext, AmxBf16, AmxComplex, AmxFp16, AmxInt8, AmxTile, ArchLbr, Avx10, BusLockDetect,
+        Cqm, Enqcmd, Extapic, Fred, Ibs, Ibt, IntelPt, Keylocker, La57, Lam, Lass, Lkgs, Lwp, Monitor, Mpx,
+        Mwaitx, Pdcm, PerfctrCore, PerfctrLlc, PerfctrNb, Pks, Pku, RdtA, Sgx, SgxLc, Shstk, Skinit, Smx,
+        Svm, Tme, Uintr, Vmx, Waitpkg, Xfd, Xsaves,
+    };
+    &[
+        Amd3dnow,
+        Amd3dnowext,
+        AmxBf16,
+        AmxComplex,
+        AmxFp16,
+        AmxInt8,
+        AmxTile,
+        ArchLbr,
+        Avx10,
+        BusLockDetect,
+        Cqm,
+        Enqcmd,
+        Extapic,
+        Fred,
+        Ibs,
+        Ibt,
+        IntelPt,
+        Keylocker,
+        La57,
+        Lam,
+        Lass,
+        Lkgs,
+        Lwp,
+        Monitor,
+        Mpx,
+        Mwaitx,
+        Pdcm,
+        PerfctrCore,
+        PerfctrLlc,
+        PerfctrNb,
+        Pks,
+        Pku,
+        RdtA,
+        Sgx,
+        SgxLc,
+        Shstk,
+        Skinit,
+        Smx,
+        Svm,
+        Tme,
+        Uintr,
+        Vmx,
+        Waitpkg,
+        Xfd,
+        Xsaves,
+    ]
+};
+
+/// Whether a guest on hardware can have the feature of `row`, whose bit the hypervisor says is `on_host`. What our
+/// interrupt chip and clocks make is there whatever the hypervisor has.
+pub(super) fn on_hardware(row: &Row, on_host: bool) -> bool {
+    use Feature::{Arat, Hypervisor, InvariantTsc, TscAdjust, TscDeadline, X2apic};
+    match row.feature {
+        Arat | Hypervisor | InvariantTsc | TscAdjust | TscDeadline | X2apic => true,
+        feature => on_host && !NOT_ON_HARDWARE.contains(&feature),
+    }
+}
+
 impl Feature {
     /// Its row in [`TABLE`].
     #[must_use]

@@ -20,9 +20,21 @@ pub use persist::ModelState;
 
 use crate::bits::{cr4, efer};
 
+/// How an engine runs guest instructions: what decides which features it can offer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Carrier {
+    /// It translates them, and makes the privileged ones itself ([`Carry`]).
+    #[default]
+    Translator,
+    /// The host processor runs all of them; the host answers are what its hypervisor says it can give a guest.
+    Hardware,
+}
+
 /// What an engine can carry, as a filter over the host's CPUID.
 #[derive(Clone, Debug, Default)]
 pub struct Offer {
+    /// How instructions are run.
+    pub carrier: Carrier,
     /// Whether AVX-512 state is carried.
     pub avx512: bool,
     /// Rate of the guest TSC in Hz, for leaf 15h and the hypervisor's timing leaf.
@@ -53,8 +65,8 @@ pub enum ModelError {
     /// No such feature.
     #[error("Unknown processor feature '{0}'")]
     UnknownFeature(String),
-    /// The host or the engine does not have it.
-    #[error("Processor feature '{0}' is not available on this host with this engine")]
+    /// The host or the engine does not have them: their names, separated by commas.
+    #[error("Not available on this host with this engine: {0}")]
     Unavailable(String),
     /// A `name=value` that is not understood.
     #[error("Bad processor option '{0}'")]
@@ -163,7 +175,7 @@ impl CpuModel {
             signature: host.get(1, 0)[0],
             features: FeatureSet::default(),
             tsc_hz: offer.tsc_hz,
-            physical_bits: (host.get(0x8000_0008, 0)[0] & 0xff).clamp(40, 46),
+            physical_bits: physical_bits(host, offer),
             brand: leaves::brand(host),
             copied: leaves::copied(host),
         };
@@ -226,6 +238,7 @@ impl CpuModel {
             let place = row.place;
             let on_host = host.get(place.leaf, place.subleaf)[place.register] >> place.bit & 1 != 0;
             let present = match row.carry {
+                _ if offer.carrier == Carrier::Hardware => features::on_hardware(row, on_host),
                 Carry::Host => on_host,
                 Carry::Avx512 => on_host && offer.avx512,
                 Carry::Engine => true,
@@ -240,6 +253,7 @@ impl CpuModel {
 
     fn apply(&mut self, options: &[&str], available: &FeatureSet) -> Result<(), ModelError> {
         let mut wanted = Vec::new();
+        let mut missing = Vec::new();
         for option in options.iter().filter(|option| !option.contains('=')) {
             let (present, name) = match (option.strip_prefix('+'), option.strip_prefix('-')) {
                 (Some(name), _) => (true, name),
@@ -249,7 +263,8 @@ impl CpuModel {
             let feature =
                 Feature::by_name(name).ok_or_else(|| ModelError::UnknownFeature(name.to_owned()))?;
             if present && !available.has(feature) {
-                return Err(ModelError::Unavailable(name.to_owned()));
+                missing.push(name);
+                continue;
             }
             self.features.set(feature, present);
             wanted.retain(|other| *other != feature);
@@ -258,10 +273,9 @@ impl CpuModel {
             }
         }
         self.features.close();
-        match wanted.iter().find(|feature| !self.features.has(**feature)) {
-            Some(feature) => Err(ModelError::Unavailable(feature.name().to_owned())),
-            None => Ok(()),
-        }
+        missing
+            .extend(wanted.iter().filter(|wanted| !self.features.has(**wanted)).map(|wanted| wanted.name()));
+        if missing.is_empty() { Ok(()) } else { Err(ModelError::Unavailable(missing.join(", "))) }
     }
 
     /// Whether the guest has `feature`.
@@ -411,11 +425,21 @@ fn level(name: &str, available: &FeatureSet) -> Result<FeatureSet, ModelError> {
     for row in TABLE.iter().filter(|row| matches!(row.carry, Carry::Engine | Carry::EngineAmd)) {
         set.set(row.feature, available.has(row.feature));
     }
+    let mut missing = Vec::new();
     for feature in LEVELS[..=last].iter().flat_map(|(_, names)| names.iter()) {
         match Feature::by_name(feature) {
             Some(known) if available.has(known) => set.set(known, true),
-            _ => return Err(ModelError::Unavailable((*feature).to_owned())),
+            _ => missing.push(*feature),
         }
     }
-    Ok(set)
+    if missing.is_empty() { Ok(set) } else { Err(ModelError::Unavailable(missing.join(", "))) }
+}
+
+/// Width of guest physical addresses: what holds all guest RAM and devices; hardware cannot do more than it has.
+fn physical_bits(host: &HostCpuid, offer: &Offer) -> u32 {
+    let bits = host.get(0x8000_0008, 0)[0] & 0xff;
+    match offer.carrier {
+        Carrier::Translator => bits.clamp(40, 46),
+        Carrier::Hardware => bits.clamp(36, 46),
+    }
 }

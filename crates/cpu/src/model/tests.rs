@@ -55,7 +55,7 @@ fn host(answers: &[((u32, u32), [u32; 4])]) -> HostCpuid {
 }
 
 fn make(spec: &str, answers: &[((u32, u32), [u32; 4])], avx512: bool) -> Result<CpuModel, ModelError> {
-    CpuModel::from_host(spec, &Offer { avx512, tsc_hz: 2_600_000_000 }, &host(answers))
+    CpuModel::from_host(spec, &Offer { avx512, tsc_hz: 2_600_000_000, ..Offer::default() }, &host(answers))
 }
 
 const FOUR: CpuidContext = CpuidContext { apic_id: 2, cpus: 4, xcr0: 7, osxsave: true, apic_enabled: true };
@@ -161,8 +161,12 @@ fn hypervisor_and_timing_leaves() {
     assert_eq!(u64::from(crystal) * u64::from(numerator) / u64::from(denominator), 2_600_000_000);
     assert!(crystal / 1000 * numerator > 0 && (crystal / 1000).checked_mul(numerator).is_some());
     // A rate that cannot be stated exactly is not stated.
-    let odd =
-        CpuModel::from_host("host", &Offer { avx512: false, tsc_hz: 2_599_998_123 }, &host(INTEL)).unwrap();
+    let odd = CpuModel::from_host(
+        "host",
+        &Offer { avx512: false, tsc_hz: 2_599_998_123, ..Offer::default() },
+        &host(INTEL),
+    )
+    .unwrap();
     assert_eq!((odd.cpuid(0, 0, &FOUR)[0], odd.cpuid(0x4000_0010, 0, &FOUR)[0]), (0xd, 2_599_998));
     let hidden = make("host,-hypervisor", INTEL, false).unwrap();
     assert_eq!(hidden.cpuid(0x4000_0000, 0, &FOUR), [0; 4]);
@@ -264,7 +268,8 @@ fn named_levels_and_bad_specs() {
 
 #[test]
 fn the_real_host_makes_a_64_bit_model() {
-    let model = CpuModel::host("host", &Offer { avx512: false, tsc_hz: 1_000_000_000 }).unwrap();
+    let model =
+        CpuModel::host("host", &Offer { avx512: false, tsc_hz: 1_000_000_000, ..Offer::default() }).unwrap();
     for feature in [Feature::Lm, Feature::Sse2, Feature::Cx8, Feature::Nx, Feature::Fpu] {
         assert!(model.has(feature), "{}", feature.name());
     }

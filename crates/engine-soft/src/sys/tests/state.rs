@@ -56,7 +56,7 @@ fn init_keeps_what_the_manual_says() {
 #[test]
 fn init_works_on_a_model_without_avx() {
     let mut core = long(0);
-    let offer = wardian_cpu::Offer { avx512: false, tsc_hz: 1_000_000_000 };
+    let offer = wardian_cpu::Offer { tsc_hz: 1_000_000_000, ..Default::default() };
     core.model = wardian_cpu::CpuModel::host("x86-64-v2", &offer).expect("model").into();
     core.sys.xcr0 = 1;
     core.sys.misc_enable = crate::sys::msr::MISC_RESET;

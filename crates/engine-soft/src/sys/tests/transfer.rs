@@ -301,7 +301,7 @@ fn syscall_and_sysret() {
 
 /// A processor of another vendor.
 fn vendor(mut core: Box<Core>, name: &str) -> Box<Core> {
-    let offer = Offer { avx512: false, tsc_hz: 1_000_000_000 };
+    let offer = Offer { avx512: false, tsc_hz: 1_000_000_000, ..Offer::default() };
     core.model = CpuModel::host(&format!("host,vendor={name}"), &offer).expect("model").into();
     core
 }
