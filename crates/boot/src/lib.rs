@@ -11,7 +11,7 @@
 //! **Architecture Invariant:** what a loader builds for the kernel lies in low RAM (below 640 KiB), what the
 //! kernel brings lies at 1 MiB or above; the two never meet.
 //!
-//! **API Boundary:** [`load`], [`BootRequest`], [`BootError`], [`memory_map`].
+//! **API Boundary:** [`load`], [`BootRequest`], [`BootError`], [`memory_map`], [`is_multiboot`].
 #![forbid(unsafe_code)]
 
 mod bzimage;
@@ -211,6 +211,18 @@ fn open(path: &Path) -> Result<(File, u64), BootError> {
     }
     let file = File::open(path).map_err(error)?;
     Ok((file, meta.len()))
+}
+
+/// Whether `kernel` is one of multiboot 1: a small kernel of its own kind, mostly, and no stock one.
+#[must_use]
+pub fn is_multiboot(kernel: &Path) -> bool {
+    let mut bytes = Vec::new();
+    let read = open(kernel).and_then(|(file, _)| {
+        file.take(8192)
+            .read_to_end(&mut bytes)
+            .map_err(|source| BootError::Read { path: kernel.to_path_buf(), source })
+    });
+    read.is_ok() && multiboot::find(&Image { path: kernel.to_path_buf(), bytes }).is_some()
 }
 
 /// Loads what `request` names into `mem` and returns the state in which the first vCPU starts.

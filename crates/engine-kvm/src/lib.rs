@@ -19,6 +19,7 @@ mod cpuid;
 mod debug;
 mod host;
 mod msrs;
+mod probe;
 mod state;
 mod sys;
 mod vcpu;
@@ -36,6 +37,7 @@ use wardian_memory::{Gpa, GuestMemory, PAGE_SIZE};
 use wardian_time::TimeBase;
 
 pub use host::{DEVICE, KvmError, KvmHost};
+pub use probe::Probe;
 
 /// Pages that KVM wants for itself on Intel processors without unrestricted guest mode: below the firmware's place at
 /// the end of 4 GiB, where nothing else of the machine lies.

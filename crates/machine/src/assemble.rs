@@ -31,7 +31,7 @@ use crate::board::{Board, Msrs};
 use crate::config::{Endpoint, Plan};
 use crate::diary::Diary;
 use crate::ending::Ending;
-use crate::engine::{self, EngineArgs};
+use crate::engine::{self, Chosen, EngineArgs};
 use crate::error::MachineError;
 use crate::host::{Input, InputRoute, Outputs};
 use crate::step::{StepMask, Stepped};
@@ -218,6 +218,7 @@ impl<F: FnMut() -> Result<Outputs, MachineError>> OutputSource for F {}
 /// A whole machine from `plan`.
 pub(crate) fn assemble(
     plan: &Plan,
+    chosen: Chosen,
     ending: &Arc<Ending>,
     mut outputs: impl OutputSource,
     route: &InputRoute,
@@ -233,8 +234,7 @@ pub(crate) fn assemble(
         TimeBase::host_with(config)
     };
     let queue = TimerQueue::new(Arc::clone(&time));
-    let cpu =
-        EngineArgs { choice: plan.engine, memory: &memory, time: &time, cpus: plan.cpus, cpu: &plan.cpu };
+    let cpu = EngineArgs { chosen, memory: &memory, time: &time, cpus: plan.cpus, cpu: &plan.cpu };
     let (engine, model) = engine::make(&cpu)?;
     let tables = acpi::build(&AcpiConfig::new(plan.cpus as u32)).map_err(|e| device_error("acpi", e))?;
     let state = wardian_boot::load(

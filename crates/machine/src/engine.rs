@@ -8,12 +8,87 @@ use wardian_engine_soft::{Options, SoftEngine};
 use wardian_memory::GuestMemory;
 use wardian_time::TimeBase;
 
-use crate::config::EngineChoice;
+use crate::config::{EngineChoice, Plan};
 use crate::error::MachineError;
+
+/// An engine that is decided on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chosen {
+    Soft,
+    Kvm,
+}
+
+impl Chosen {
+    /// As the engine calls itself.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Chosen::Soft => "soft",
+            Chosen::Kvm => "kvm",
+        }
+    }
+}
+
+/// What this host's KVM is good for: `Err` says why not for stock kernels at a processor's speed.
+pub(crate) fn hardware() -> Result<(), String> {
+    let host = KvmHost::open().map_err(|error| error.to_string())?;
+    match host.probe() {
+        Err(error) => Err(error.to_string()),
+        Ok(probe) => probe.software().map_or(Ok(()), |why| Err(software(&why))),
+    }
+}
+
+/// A KVM that is software, in words.
+pub(crate) fn software(why: &str) -> String {
+    format!("/dev/kvm of this host is software, not virtualization hardware ({why})")
+}
+
+/// What only the software engine can do and `plan` asks for.
+fn soft_only(plan: &Plan) -> Option<&'static str> {
+    let config = plan.timers.time_config(plan.tsc);
+    if plan.counted {
+        Some("--time virtual counts instructions")
+    } else if config.may_lag {
+        Some("a timer policy that delays guest clocks needs every reading of them")
+    } else if config.tsc == wardian_time::TscMode::Emulate {
+        Some("--tsc-mode emulate makes every reading of the TSC")
+    } else {
+        None
+    }
+}
+
+/// The engine for `plan`, and one line that says why.
+pub(crate) fn decide(plan: &Plan) -> Result<(Chosen, String), MachineError> {
+    let refused = |why: String| Err(MachineError::Engine(EngineError::Host(why)));
+    match plan.engine {
+        EngineChoice::Soft => Ok((Chosen::Soft, "Engine soft, as asked for".into())),
+        EngineChoice::Kvm | EngineChoice::KvmForced => {
+            if let Some(why) = soft_only(plan) {
+                return refused(format!("{why}, which KVM cannot: use --engine soft"));
+            }
+            let tiny = plan.engine == EngineChoice::KvmForced || wardian_boot::is_multiboot(&plan.kernel);
+            match if tiny { Ok(()) } else { hardware() } {
+                Ok(()) => Ok((Chosen::Kvm, "Engine kvm, as asked for".into())),
+                Err(why) if KvmHost::open().is_err() => refused(why),
+                Err(why) => refused(format!(
+                    "{why}: a stock kernel is not expected to run there; use --engine soft, or kvm-forced to try"
+                )),
+            }
+        }
+        EngineChoice::Auto => {
+            if let Some(why) = soft_only(plan) {
+                return Ok((Chosen::Soft, format!("Engine soft: {why}")));
+            }
+            Ok(match hardware() {
+                Ok(()) => (Chosen::Kvm, "Engine kvm: this host has virtualization hardware".into()),
+                Err(why) => (Chosen::Soft, format!("Engine soft: {why}")),
+            })
+        }
+    }
+}
 
 /// What an engine needs to be made.
 pub(crate) struct EngineArgs<'a> {
-    pub(crate) choice: EngineChoice,
+    pub(crate) chosen: Chosen,
     pub(crate) memory: &'a GuestMemory,
     pub(crate) time: &'a Arc<TimeBase>,
     pub(crate) cpus: usize,
@@ -24,28 +99,19 @@ pub(crate) struct EngineArgs<'a> {
 /// The engine for a new machine and the processor that it offers.
 pub(crate) fn make(args: &EngineArgs<'_>) -> Result<(Arc<dyn Engine>, Arc<CpuModel>), MachineError> {
     let bad_model = |source| MachineError::Model { spec: args.cpu.to_owned(), source };
-    match args.choice {
-        EngineChoice::Auto | EngineChoice::Soft => {
+    match args.chosen {
+        Chosen::Soft => {
             let model = CpuModel::host(args.cpu, &SoftEngine::offer(args.time)).map_err(bad_model)?;
             let options = Options { cpus: args.cpus };
             let engine = SoftEngine::new(args.memory.clone(), Arc::clone(args.time), &options)?;
             Ok((engine, Arc::new(model)))
         }
-        EngineChoice::Kvm | EngineChoice::KvmForced => {
+        Chosen::Kvm => {
             let host = KvmHost::open().map_err(EngineError::from)?;
             let model =
                 CpuModel::from_host(args.cpu, &host.offer(args.time), host.cpuid()).map_err(bad_model)?;
             let engine = KvmEngine::new(&host, args.memory.clone(), Arc::clone(args.time), args.cpus)?;
             Ok((engine, Arc::new(model)))
         }
-    }
-}
-
-/// One line that says which engine was taken and why.
-pub(crate) fn reason(choice: EngineChoice) -> &'static str {
-    match choice {
-        EngineChoice::Soft => "Engine soft, as asked for",
-        EngineChoice::Kvm | EngineChoice::KvmForced => "Engine kvm, as asked for",
-        EngineChoice::Auto => "Engine soft: it needs no virtualization hardware",
     }
 }

@@ -24,6 +24,7 @@
 mod accounts;
 mod assemble;
 mod board;
+mod checkup;
 mod config;
 mod diary;
 mod doctor;
@@ -45,6 +46,7 @@ mod vm;
 mod wake;
 
 pub use accounts::TimeSpent;
+pub use checkup::{Checkup, Finding, Grade, KvmFound};
 pub use config::{
     Config, ConfigError, CpuCount, DiskArg, Endpoint, EngineChoice, LockupSeconds, MAX_CPUS, MemorySize,
     ModuleArg, OnResume, Plan, TimeSource, TimerPolicies, Timers, TscModeArg,

@@ -9,7 +9,7 @@ use crate::assemble::assemble;
 use crate::config::{Config, Endpoint, Plan};
 use crate::diary::Diary;
 use crate::ending::Ending;
-use crate::engine;
+use crate::engine::{self, Chosen};
 use crate::error::{MachineError, Outcome};
 use crate::host::{Attached, InputRoute, Outputs};
 use crate::lifecycle::{Control, Runner};
@@ -23,7 +23,8 @@ pub struct Machine {
     terminal: bool,
     debugger: Option<Address>,
     diary: Arc<Diary>,
-    engine_reason: &'static str,
+    engine: Chosen,
+    engine_reason: String,
 }
 
 impl Machine {
@@ -36,10 +37,11 @@ impl Machine {
         let plan = config.check()?;
         let (ending, route) = (Ending::new(), InputRoute::default());
         let terminal = plan.serial == Endpoint::Stdio || plan.console == Endpoint::Stdio;
-        let (engine_reason, debugger) = (engine::reason(plan.engine), plan.gdb.clone());
+        let (engine, engine_reason) = engine::decide(&plan)?;
+        let debugger = plan.gdb.clone();
         let (no_reboot, held) = (plan.no_reboot, plan.gdb_wait);
         let (diary, events) = (Diary::new(), plan.events.clone());
-        let assemble = maker(plan, Arc::clone(&ending), route.clone(), Arc::clone(&diary));
+        let assemble = maker(plan, engine, Arc::clone(&ending), route.clone(), Arc::clone(&diary));
         let mut runner = Runner::new(assemble, held, no_reboot, Arc::clone(&ending))?;
         if let Some(path) = events {
             diary.write_to(Output::file(&path).map_err(|source| MachineError::Output { path, source })?);
@@ -50,7 +52,7 @@ impl Machine {
             opened = Some(door.address().clone());
             runner.set_door(door);
         }
-        Ok(Machine { runner, ending, route, terminal, debugger: opened, diary, engine_reason })
+        Ok(Machine { runner, ending, route, terminal, debugger: opened, diary, engine, engine_reason })
     }
 
     /// From now on `listener` gets what happens to the machine, on whichever thread it happens. It must not
@@ -61,8 +63,8 @@ impl Machine {
 
     /// One line that says which engine was taken and why.
     #[must_use]
-    pub fn engine_reason(&self) -> &'static str {
-        self.engine_reason
+    pub fn engine_reason(&self) -> &str {
+        &self.engine_reason
     }
 
     /// Where a debugger can attach: the address that was asked for, with the port that was taken.
@@ -95,13 +97,14 @@ impl Machine {
     /// What was counted.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.runner.stats("soft")
+        self.runner.stats(self.engine.name())
     }
 }
 
 /// Makes the machine of `plan` as often as it is reset. Outputs are opened once.
 fn maker(
     plan: Plan,
+    chosen: Chosen,
     ending: Arc<Ending>,
     route: InputRoute,
     diary: Arc<Diary>,
@@ -115,6 +118,6 @@ fn maker(
             Some(outputs) => Ok(outputs.clone()),
             None => Ok(opened.insert(Outputs::open(&plan)?).clone()),
         };
-        assemble(&plan, &ending, outputs, &route, &diary, held)
+        assemble(&plan, chosen, &ending, outputs, &route, &diary, held)
     })
 }

@@ -44,6 +44,8 @@ pub(crate) enum Command {
     /// machine, Ctrl-a Ctrl-a types one Ctrl-a.
     #[command(after_help = format!("{SIGNALS}{STATUSES}"))]
     Run(Box<Run>),
+    /// Tells what this host offers: virtualization hardware, clocks, limits, and which engine `auto` takes.
+    Doctor(crate::doctor::Doctor),
 }
 
 /// Fields of the machine; each is a field of the same name in the configuration file, too.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod doctor;
 
 use std::fs::File;
 use std::io::Write;
@@ -18,7 +19,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_env("WARDIAN_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    let Command::Run(run) = cli.command;
+    let run = match cli.command {
+        Command::Doctor(args) => return ExitCode::from(doctor::main(&args)),
+        Command::Run(run) => run,
+    };
     ExitCode::from(run_machine(*run).unwrap_or_else(|error| {
         complain(&error);
         error.status()

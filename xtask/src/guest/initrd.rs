@@ -25,8 +25,6 @@ pub fn recipe() -> String {
 
 /// Writes the RAM disk for the modules in `modules` (a `lib/modules/<version>`) with `busybox`.
 pub fn write(to: &Path, modules: &Path, busybox: &Path) -> Result<()> {
-    let deps = fs::read_to_string(modules.join("modules.dep")).context("Cannot read modules.dep")?;
-    let order = load_order(&deps, &DRIVERS);
     let mut out = Archive { out: BufWriter::new(File::create(to)?), inode: 1 };
     for dir in ["bin", "dev", "proc", "sys", "root", "modules"] {
         out.add(dir, 0o040_755, (0, 0), &[])?;
@@ -35,8 +33,7 @@ pub fn write(to: &Path, modules: &Path, busybox: &Path) -> Result<()> {
     out.add("bin/busybox", 0o100_755, (0, 0), &fs::read(busybox)?)?;
     out.add("init", 0o100_755, (0, 0), INIT.as_bytes())?;
     let mut list = String::new();
-    for path in &order {
-        let (name, content) = module(&modules.join(path))?;
+    for (name, content) in self::modules(modules, &DRIVERS)? {
         out.add(&format!("modules/{name}"), 0o100_644, (0, 0), &content)?;
         list.push_str(&name);
         list.push('\n');
@@ -44,6 +41,12 @@ pub fn write(to: &Path, modules: &Path, busybox: &Path) -> Result<()> {
     out.add("modules.list", 0o100_644, (0, 0), list.as_bytes())?;
     newc::trailer(out.out)?.flush()?;
     Ok(())
+}
+
+/// The modules `names` in `folder` (a `lib/modules/<version>`), uncompressed, each after those that it needs.
+pub fn modules(folder: &Path, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+    let deps = fs::read_to_string(folder.join("modules.dep")).context("Cannot read modules.dep")?;
+    load_order(&deps, names).iter().map(|path| module(&folder.join(path))).collect()
 }
 
 /// Name without compression suffix and uncompressed content of a module.

@@ -120,6 +120,15 @@ pub fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Modules of the stock kernel `told`, uncompressed, each after those that it needs: name and content.
+///
+/// # Errors
+/// When they cannot be read.
+pub fn modules(told: &Told, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+    let dir = told.kernel.parent().context("A kernel without a folder")?;
+    initrd::modules(&dir.join("modules/lib/modules").join(&told.version), names)
+}
+
 fn make(debian: &Debian) -> Result<Told> {
     let place = cache()?.join("guests/debian");
     fs::create_dir_all(&place).with_context(|| format!("Cannot create {}", place.display()))?;

@@ -12,6 +12,7 @@ mod cell;
 mod chart;
 mod check;
 mod guest;
+mod kvm;
 mod load;
 mod measure;
 mod report;
@@ -48,6 +49,8 @@ enum What {
     Lockup(lockup::Args),
     /// What the lockup doctor and its accounts cost a guest that computes.
     Accounts(accounts::Args),
+    /// A true /dev/kvm on any machine: the conformance guests and the stock guest on the KVM engine.
+    Kvm(kvm::Args),
 }
 
 #[derive(clap::Args)]
@@ -107,6 +110,7 @@ pub fn main(args: &Args) -> Result<()> {
         What::Skew(args) => skew(args),
         What::Lockup(args) => lockup::main(args),
         What::Accounts(args) => accounts::main(args),
+        What::Kvm(args) => kvm::main(args),
     }
 }
 

@@ -114,7 +114,7 @@ mod tests {
     use super::{CpuModel, HostCpuid, ModelState, Offer};
 
     fn offer() -> Offer {
-        Offer { avx512: true, tsc_hz: 2_600_000_000 }
+        Offer { avx512: true, tsc_hz: 2_600_000_000, ..Offer::default() }
     }
 
     #[test]
