@@ -13,7 +13,7 @@ case_of() {
     name=$1 wanted=$2
     shift 2
     start=$(now)
-    timeout 150 "$@" > "/tmp/out/$name" 2>&1 < /dev/null
+    "$@" > "/tmp/out/$name" 2>&1 < /dev/null
     status=$?
     if [ $status = "$wanted" ] && ! grep -q FAIL "/tmp/out/$name"; then status=ok; fi
     echo "LAB case $name $status $(since "$start")"
@@ -21,11 +21,13 @@ case_of() {
     [ $status = ok ]
 }
 
-# guest CPUS SCRIPT OPTIONS...: the stock guest on a copy of its disk, with SCRIPT run inside.
+machine() { timeout 150 ./wardian run "$@"; }
+
+# guest CPUS SCRIPT WORDS...: the stock guest with SCRIPT run inside and more WORDS on its command line.
 guest() {
     cpus=$1 script=$(echo "$2" | base64 -w0)
     shift 2
-    ./wardian run --cpus "$cpus" --memory 384M --kernel vmlinuz --initrd initrd.img --no-reboot \
+    machine --cpus "$cpus" --memory 384M --kernel vmlinuz --initrd initrd.img --no-reboot \
         --disk /dev/vdc,format=raw --cmdline "$* panic=-1 wardian.run=$script" $OPTIONS
 }
 
@@ -57,7 +59,7 @@ doctor() {
 conformance() {
     for engine in $ENGINES; do
         for path in guests/*; do
-            case_of "$engine/${path#guests/}" 1 ./wardian run --engine "$engine" --kernel "$path" --cpus 2 \
+            case_of "$engine-${path#guests/}" 1 machine --engine "$engine" --kernel "$path" --cpus 2 \
                 --memory 256M --debug-exit --no-reboot --serial stdio --cmdline cpus=2
         done
     done
@@ -85,13 +87,13 @@ boots() {
 
 refusals() {
     mv /dev/kvm /dev/kvm.away
-    case_of no-device 8 ./wardian run --engine kvm --kernel guests/hello
+    case_of no-device 10 machine --engine kvm --kernel guests/hello
     tells no-device 'There is no /dev/kvm' words
     mv /dev/kvm.away /dev/kvm
     chmod 600 /dev/kvm
-    case_of no-permission 8 setpriv --reuid 65534 --clear-groups ./wardian run --engine kvm --kernel guests/hello
+    case_of no-permission 10 setpriv --reuid 65534 --clear-groups ./wardian run --engine kvm --kernel guests/hello
     tells no-permission 'No permission to open /dev/kvm' words
-    case_of no-feature 8 ./wardian run --engine kvm --cpu host,+avx512f,+gfni --kernel guests/hello
+    case_of no-feature 2 machine --engine kvm --cpu host,+avx512f,+gfni --kernel guests/hello
     tells no-feature 'avx512f, gfni' words
 }
 
