@@ -151,6 +151,10 @@ pub struct CpuState {
     pub interrupt_shadow: bool,
     /// NMIs are held off until IRET.
     pub nmi_blocked: bool,
+    /// An NMI that was taken from the local APIC and not delivered yet.
+    pub nmi_owed: bool,
+    /// An interrupt that was acknowledged at the local APIC and not delivered yet: its vector.
+    pub interrupt_owed: Option<u8>,
 }
 
 impl Record for CpuState {
@@ -200,6 +204,8 @@ impl CpuState {
             activity: Activity::Running,
             interrupt_shadow: false,
             nmi_blocked: false,
+            nmi_owed: false,
+            interrupt_owed: None,
         }
     }
 

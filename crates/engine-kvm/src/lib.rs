@@ -22,6 +22,8 @@ mod msrs;
 mod probe;
 mod state;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 
 use std::sync::Arc;
@@ -195,7 +197,7 @@ impl Engine for KvmEngine {
 }
 
 #[cfg(test)]
-mod tests {
+mod pure {
     use super::append_bits;
 
     #[test]

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wardian_cpu::bits::{cr0, cr4, efer};
-use wardian_cpu::{Answer, CpuModel, CpuState, Engine, EngineError, Exit, Segment};
-use wardian_irq::Quiet;
+use wardian_cpu::{Answer, CpuModel, CpuState, Engine, EngineError, Exit, Segment, Vcpu};
+use wardian_irq::{LocalInterrupts, Quiet};
 use wardian_memory::{Gpa, GuestMemory};
 use wardian_time::{TimeBase, host_ticks, ticks_to_nanos};
 
@@ -17,8 +17,8 @@ use crate::{KvmEngine, KvmHost};
 const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
 const DIRECTORY: u64 = 0x3000;
-const CODE: u64 = 0x4000;
-const DATA: u64 = 0x5000;
+pub(crate) const CODE: u64 = 0x4000;
+pub(crate) const DATA: u64 = 0x5000;
 
 /// The guest, at [`CODE`], with RSI at [`DATA`].
 const PROGRAM: [u8; 27] = [
@@ -67,7 +67,7 @@ impl Probe {
     }
 }
 
-/// Long mode over one identity-mapped page of 2 MiB.
+/// Long mode over one identity-mapped page of 2 MiB, the stack at its end.
 fn state() -> CpuState {
     let mut state = CpuState::reset();
     let flat = |rights: u32| Segment { selector: 8, base: 0, limit: u32::MAX, rights };
@@ -79,26 +79,47 @@ fn state() -> CpuState {
     state.efer = efer::LME | efer::LMA;
     state.rip = CODE;
     state.gpr[RSI] = DATA;
+    state.gpr[CpuState::RSP] = 0x1f_fff0;
+    state.tr = Segment { selector: 0x10, base: 0, limit: 0xffff, rights: 0x8b };
     state
 }
 
+/// A machine of one vCPU.
+pub(crate) struct Small {
+    pub(crate) vcpu: Box<dyn Vcpu>,
+    #[cfg_attr(not(test), expect(dead_code))]
+    pub(crate) engine: Arc<KvmEngine>,
+    #[cfg_attr(not(test), expect(dead_code))]
+    pub(crate) memory: GuestMemory,
+}
+
+/// One that is about to run `program` in long mode.
+pub(crate) fn small(
+    host: &KvmHost,
+    program: &[u8],
+    interrupts: Arc<dyn LocalInterrupts>,
+) -> Result<Small, EngineError> {
+    let error = |e: &dyn std::fmt::Display| EngineError::Host(e.to_string());
+    let memory = GuestMemory::new(2 << 20).map_err(|e| error(&e))?;
+    for (at, entry) in [(PML4, PDPT | 3), (PDPT, DIRECTORY | 3), (DIRECTORY, 0x83)] {
+        memory.write(Gpa(at), &u64::to_le_bytes(entry)).map_err(|e| error(&e))?;
+    }
+    memory.write(Gpa(CODE), program).map_err(|e| error(&e))?;
+    let time = TimeBase::host();
+    let model = CpuModel::from_host("host", &host.offer(&time), host.cpuid()).map_err(|e| error(&e))?;
+    let engine = KvmEngine::new(host, memory.clone(), time, 1)?;
+    let mut vcpu = engine.create_vcpu(0, &Arc::new(model), interrupts)?;
+    vcpu.set_state(&state())?;
+    Ok(Small { vcpu, engine, memory })
+}
+
 impl KvmHost {
-    /// Runs the probe guest; takes about 50 ms.
+    /// Runs the probe guest; takes some milliseconds.
     ///
     /// # Errors
     /// When not even a vCPU can be made.
     pub fn probe(&self) -> Result<Probe, EngineError> {
-        let host = |e: &dyn std::fmt::Display| EngineError::Host(e.to_string());
-        let memory = GuestMemory::new(2 << 20).map_err(|e| host(&e))?;
-        for (at, entry) in [(PML4, PDPT | 3), (PDPT, DIRECTORY | 3), (DIRECTORY, 0x83)] {
-            memory.write(Gpa(at), &u64::to_le_bytes(entry)).map_err(|e| host(&e))?;
-        }
-        memory.write(Gpa(CODE), &PROGRAM).map_err(|e| host(&e))?;
-        let time = TimeBase::host();
-        let model = CpuModel::from_host("host", &self.offer(&time), self.cpuid()).map_err(|e| host(&e))?;
-        let engine = KvmEngine::new(self, memory, time, 1)?;
-        let mut vcpu = engine.create_vcpu(0, &Arc::new(model), Arc::new(Quiet))?;
-        vcpu.set_state(&state())?;
+        let mut vcpu = small(self, &PROGRAM, Arc::new(Quiet))?.vcpu;
         let failed = |failure: String| Ok(Probe { instructions_per_second: 0, failure: Some(failure) });
         match vcpu.run(Answer::None) {
             Ok(Exit::PortOut { port: 0x80, .. }) => {}

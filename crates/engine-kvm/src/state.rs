@@ -112,6 +112,10 @@ pub(crate) fn save(fd: &VcpuFd, own: Own) -> Result<CpuState, KvmError> {
         activity: own.activity,
         interrupt_shadow: events.interrupt.shadow != 0,
         nmi_blocked: events.nmi.masked != 0,
+        nmi_owed: events.nmi.injected != 0 || events.nmi.pending != 0,
+        // An INT n that was not delivered is executed again, and so is what raised an exception.
+        interrupt_owed: (events.interrupt.injected != 0 && events.interrupt.soft == 0)
+            .then_some(events.interrupt.nr),
     })
 }
 
@@ -171,6 +175,11 @@ pub(crate) fn restore(fd: &VcpuFd, state: &CpuState, apic_base: u64) -> Result<(
     // MOV SS or STI: the kernel knows which by bit, and either holds interrupts off.
     events.interrupt.shadow = u8::from(state.interrupt_shadow);
     events.nmi.masked = u8::from(state.nmi_blocked);
+    events.nmi.pending = u8::from(state.nmi_owed);
+    if let Some(vector) = state.interrupt_owed {
+        events.interrupt.injected = 1;
+        events.interrupt.nr = vector;
+    }
     fd.set_vcpu_events(&events).map_err(set("the events of the state"))?;
     Ok(())
 }

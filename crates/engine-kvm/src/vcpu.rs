@@ -308,10 +308,11 @@ impl KvmVcpu {
         loop {
             // What KVM has begun is completed first, and a kick is then seen by KVM itself.
             let kicked = self.begun == Begun::Nothing && self.kicker.take();
-            let window = self.events()?;
             if kicked {
                 return Ok(Exit::Interrupted);
             }
+            // What is acknowledged here enters the guest now, unless a kick comes in between.
+            let window = self.events()?;
             match self.activity {
                 Activity::Running => {}
                 Activity::Halted | Activity::WaitForSipi => return Ok(Exit::Halt),

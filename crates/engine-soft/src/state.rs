@@ -100,6 +100,8 @@ pub(crate) fn save(core: &Core) -> CpuState {
         activity: sys.activity,
         interrupt_shadow: sys.interrupt_shadow,
         nmi_blocked: sys.nmi_blocked,
+        nmi_owed: false,
+        interrupt_owed: None,
     }
 }
 

@@ -50,6 +50,9 @@ pub struct SoftVcpu {
     /// The rest of the budget is less than a block: one instruction at a time.
     slowly: bool,
     on_taken: Option<OnTaken>,
+    /// Taken from the local APIC by the engine that ran this vCPU before, and not delivered: an interrupt, an NMI.
+    interrupt_owed: Option<u8>,
+    nmi_owed: bool,
     table: CodeTable,
     /// The instruction interpreted last may have loaded SS.
     loads_ss: bool,
@@ -80,6 +83,8 @@ impl SoftVcpu {
             pass: None,
             slowly: false,
             on_taken: None,
+            interrupt_owed: None,
+            nmi_owed: false,
             table: CodeTable::new(),
             loads_ss: false,
             delay: None,
@@ -158,6 +163,15 @@ impl SoftVcpu {
 
     /// Takes what the local APIC has for this vCPU.
     fn events(&mut self) -> std::result::Result<(), sys::deliver::TripleFault> {
+        if let Some(vector) = self.interrupt_owed.take() {
+            self.core.sys.activity = Activity::Running;
+            return sys::deliver(&mut self.core, Event::External(vector));
+        }
+        if self.nmi_owed && !self.core.sys.nmi_blocked && !self.core.sys.interrupt_shadow {
+            self.nmi_owed = false;
+            self.core.sys.activity = Activity::Running;
+            return sys::deliver(&mut self.core, Event::Nmi);
+        }
         let core = &mut *self.core;
         let pending = core.irq.pending();
         core.ctx.get_mut().held = u32::from(pending.any());
@@ -664,7 +678,7 @@ impl Vcpu for SoftVcpu {
 
     fn state(&mut self) -> CpuState {
         fpu::complete(&mut self.core);
-        state::save(&self.core)
+        CpuState { interrupt_owed: self.interrupt_owed, nmi_owed: self.nmi_owed, ..state::save(&self.core) }
     }
 
     fn glance(&mut self) -> Glance {
@@ -679,6 +693,7 @@ impl Vcpu for SoftVcpu {
 
     fn set_state(&mut self, new: &CpuState) -> std::result::Result<(), EngineError> {
         state::restore(&mut self.core, new)?;
+        (self.interrupt_owed, self.nmi_owed) = (new.interrupt_owed, new.nmi_owed);
         fpu::spread(&mut self.core);
         self.core.flush_tlb(crate::mmu::Flush::All);
         self.core.mode_dirty = true;
