@@ -112,7 +112,7 @@ fn time(add: &mut impl FnMut(&'static str, Grade, String)) {
     match stolen {
         Some(0) => add("steal time", Grade::Good, "nothing is taken from this host".into()),
         Some(ticks) => {
-            add("steal time", Grade::Note, format!("{:.1} s since it was booted", ticks as f64 / 100.0))
+            add("steal time", Grade::Note, format!("{:.1} s since it was booted", ticks as f64 / 100.0));
         }
         None => add("steal time", Grade::Note, "not told".into()),
     }
@@ -146,10 +146,10 @@ fn resources(add: &mut impl FnMut(&'static str, Grade, String)) {
     match (hardware, paranoid) {
         (false, _) => add("performance counters", Grade::Lacking, "the host has none".into()),
         (true, Some(level)) => {
-            add("performance counters", Grade::Note, format!("perf_event_paranoid {level}"))
+            add("performance counters", Grade::Note, format!("perf_event_paranoid {level}"));
         }
         (true, None) => {
-            add("performance counters", Grade::Lacking, "the host's kernel has no perf events".into())
+            add("performance counters", Grade::Lacking, "the host's kernel has no perf events".into());
         }
     }
     let group = told("/proc/self/cgroup")

@@ -51,7 +51,7 @@ struct Arguments {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments = Arguments::parse();
-    let offer = Offer { avx512: arguments.avx512, tsc_hz: 1_000_000_000 };
+    let offer = Offer { avx512: arguments.avx512, tsc_hz: 1_000_000_000, ..Offer::default() };
     let model = Arc::new(CpuModel::host(&arguments.cpu, &offer)?);
     let setup = Setup { seed: arguments.seed, bitness: arguments.bitness, undefined: arguments.undefined };
     let keep = |name: &str| {
