@@ -457,7 +457,7 @@ impl Core {
     #[cfg(test)]
     pub(crate) fn for_test(mem: GuestMemory) -> Box<Core> {
         let time = TimeBase::manual(wardian_time::Nanos(0));
-        let offer = wardian_cpu::Offer { avx512: false, tsc_hz: 1_000_000_000 };
+        let offer = wardian_cpu::Offer { tsc_hz: 1_000_000_000, ..Default::default() };
         let model = Arc::new(CpuModel::host("host", &offer).unwrap());
         let parts = Parts { index: 0, cpus: 1, mem, time, model, irq: Arc::new(wardian_irq::Quiet) };
         let shared = Arc::new(Shared::default());

@@ -10,7 +10,9 @@ use wardian_oracle::{Setup, open, options};
 
 #[test]
 fn host_agrees_with_itself() {
-    let model = Arc::new(CpuModel::host("host", &Offer { avx512: true, tsc_hz: 1_000_000_000, ..Offer::default() }).unwrap());
+    let model = Arc::new(
+        CpuModel::host("host", &Offer { avx512: true, tsc_hz: 1_000_000_000, ..Offer::default() }).unwrap(),
+    );
     let setup = |bitness| Setup { seed: 7, bitness, undefined: true };
     let mut session = match open(&model, &setup(64), Subject::Itself, |_| true) {
         Ok(session) => session,

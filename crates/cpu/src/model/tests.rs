@@ -254,8 +254,9 @@ fn named_levels_and_bad_specs() {
     assert!(make("x86-64-v2,+aes", INTEL, false).unwrap().has(Feature::Aes));
     assert!(make("x86-64-v4", INTEL, true).unwrap().has(Feature::Avx512vl));
     let unavailable = |name: &str| Err(ModelError::Unavailable(name.to_owned()));
-    assert_eq!(make("x86-64-v4", INTEL, false), unavailable("avx512f"));
-    assert_eq!(make("host,+rtm", INTEL, true), unavailable("rtm"));
+    let all = "avx512f, avx512bw, avx512cd, avx512dq, avx512vl";
+    assert_eq!(make("x86-64-v4", INTEL, false), unavailable(all));
+    assert_eq!(make("host,+rtm,+sse4a", INTEL, true), unavailable("rtm, sse4a"));
     assert_eq!(make("host,-avx,+avx2", INTEL, true), unavailable("avx2"));
     assert_eq!(make("host,+sse4a", INTEL, true), unavailable("sse4a"));
     assert_eq!(make("host,+flux", INTEL, true), Err(ModelError::UnknownFeature("flux".into())));
@@ -273,4 +274,30 @@ fn the_real_host_makes_a_64_bit_model() {
     for feature in [Feature::Lm, Feature::Sse2, Feature::Cx8, Feature::Nx, Feature::Fpu] {
         assert!(model.has(feature), "{}", feature.name());
     }
+}
+
+/// On hardware the hypervisor's word counts, whatever the software engine makes of a feature.
+#[test]
+fn on_hardware_the_host_decides() {
+    let offer = |carrier| Offer { carrier, avx512: true, tsc_hz: 2_000_000_000 };
+    let answers = HostCpuid::read();
+    let hardware = CpuModel::from_host("host", &offer(Carrier::Hardware), &answers).unwrap();
+    for row in FEATURES {
+        let place = row.place;
+        let on_host = answers.get(place.leaf, place.subleaf)[place.register] >> place.bit & 1 != 0;
+        let ours =
+            [Feature::Arat, Feature::Hypervisor, Feature::TscAdjust, Feature::TscDeadline, Feature::X2apic];
+        if hardware.has(row.feature) && !ours.contains(&row.feature) {
+            assert!(on_host, "{} is not the host's", row.name);
+        }
+    }
+    for feature in
+        [Feature::Svm, Feature::Vmx, Feature::La57, Feature::Pku, Feature::AmxTile, Feature::InvariantTsc]
+    {
+        assert!(!hardware.has(feature), "{}", feature.name());
+    }
+    let nothing = HostCpuid::from_answers([]);
+    let bare = CpuModel::from_host("host", &offer(Carrier::Hardware), &nothing).unwrap();
+    assert!(!bare.has(Feature::Nx) && bare.has(Feature::X2apic));
+    assert!(bare.physical_bits() >= 36);
 }

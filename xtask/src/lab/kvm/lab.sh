@@ -17,7 +17,10 @@ case_of() {
     status=$?
     if [ $status = "$wanted" ] && ! grep -q FAIL "/tmp/out/$name"; then status=ok; fi
     echo "LAB case $name $status $(since "$start")"
-    if [ $status != ok ]; then tail -n 40 "/tmp/out/$name" | sed 's/^/LAB out /'; fi
+    if [ $status != ok ]; then
+        grep FAIL "/tmp/out/$name" | sed "s/^FAIL /LAB fail $name /"
+        tail -n 5 "/tmp/out/$name" | sed 's/^/LAB out /'
+    fi
     [ $status = ok ]
 }
 
@@ -42,7 +45,6 @@ tells() {
 INSIDE='nproc | sed "s/^/cpus /"
 cat /sys/devices/system/clocksource/clocksource0/current_clocksource | sed "s/^/clocksource /"
 grep "^cpu " /proc/stat
-dmesg | grep -i "steal\|kvm-clock"
 echo written > /root/lab-file && sync && cat /root/lab-file | sed "s/^/disk /"
 sha256sum /usr/bin/python3 | cut -c1-64 | sed "s/^/sum /"
 dmesg -l emerg,alert,crit,err | sed "s/^/COMPLAINT /"
@@ -59,8 +61,9 @@ doctor() {
 conformance() {
     for engine in $ENGINES; do
         for path in guests/*; do
+            # What is known to be wrong with the lab's processor the guests know themselves.
             case_of "$engine-${path#guests/}" 1 machine --engine "$engine" --kernel "$path" --cpus 2 \
-                --memory 256M --debug-exit --no-reboot --serial stdio --cmdline cpus=2
+                --memory 256M --debug-exit --no-reboot --serial stdio --cmdline 'cpus=2 processor=tcg'
         done
     done
 }
@@ -72,12 +75,15 @@ boots() {
     tells boot-1 'clocksource kvm-clock' clock
     tells boot-1 'disk written' disk
     tells boot-1 'WARDIAN-EXIT 0' end
+    # Something else wants the processors meanwhile: the guest sees it as stolen time, the eighth number.
+    timeout 60 sh -c 'while :; do :; done' &
     OPTIONS='--engine kvm --serial none --console stdio'
     case_of boot-2 0 guest 2 "$INSIDE" console=hvc0
+    kill $!
     tells boot-2 'cpus 2' cpus
     tells boot-2 'clocksource kvm-clock' clock
-    tells boot-2 'stealtime' steal
-    tells boot-2 'WARDIAN-EXIT 0' end
+    tells boot-2 'disk written' disk
+    tells boot-2 '^cpu  [0-9]* [0-9]* [0-9]* [0-9]* [0-9]* [0-9]* [0-9]* [1-9]' steal
     sed -n 's/^cpu  /LAB out stat of the guest: /p' /tmp/out/boot-2
     # The same command line, without an engine: the doctor's verdict.
     OPTIONS='--serial stdio --console none'

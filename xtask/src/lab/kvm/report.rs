@@ -12,12 +12,41 @@ pub struct Case {
     /// `ok`, or what it was instead.
     pub status: String,
     pub seconds: f64,
-    /// Why it may fail.
+    /// What a guest of the conformance suite found wrong.
+    pub findings: Vec<Finding>,
+    /// Why it may fail all the same.
     pub known: Option<&'static str>,
 }
 
-/// Where an engine differs from the others, by case, and who is right.
-const KNOWN: [(&str, &str); 0] = [];
+/// One test inside a guest that failed.
+#[derive(Debug, PartialEq, Serialize)]
+pub struct Finding {
+    pub what: String,
+    /// Whose fault it is, if it is none of the engine's.
+    pub known: Option<&'static str>,
+}
+
+/// Cases in which the lab is wrong, and why.
+const KNOWN: [(&str, &str); 2] = [
+    (
+        "kvm-exceptions",
+        "ends early: QEMU's translator takes reserved bits of control registers from the guest (AMD APM vol. 2, 3.1: \
+         #GP), and its VMRUN refuses that state afterwards",
+    ),
+    (
+        "kvm-timer",
+        "ticks of 1 ms are too fast for a translated processor on a busy host; `cargo xtask test` has them",
+    ),
+];
+
+/// Findings that are the lab's, by case and beginning, and why.
+const KNOWN_FINDINGS: [(&str, &str, &str); 3] = [
+    ("kvm-fpu", "CPUID: size with AVX", XSETBV),
+    ("kvm-fpu", "AVX", XSETBV),
+    ("kvm-fpu", "unexpected vector 6", XSETBV),
+];
+const XSETBV: &str = "QEMU's translator does not intercept XSETBV (AMD APM vol. 2, 15.9: it is to), so KVM never learns \
+                      of XCR0";
 
 /// All of it.
 #[derive(Debug, Default, Serialize)]
@@ -35,6 +64,10 @@ pub struct Report {
 
 impl Report {
     pub fn of<'a>(lines: impl Iterator<Item = &'a str>) -> Report {
+        let whose = |case: &str, what: &str| {
+            let listed = KNOWN_FINDINGS.iter().find(|(of, begin, _)| *of == case && what.starts_with(begin));
+            listed.map(|(_, _, why)| *why)
+        };
         let mut report = Report::default();
         for line in lines {
             let Some(rest) = line.strip_prefix("LAB ") else { continue };
@@ -44,6 +77,7 @@ impl Report {
                     name: (*name).to_owned(),
                     status: (*status).to_owned(),
                     seconds: seconds.parse().unwrap_or(0.0),
+                    findings: Vec::new(),
                     known: KNOWN.iter().find(|(known, _)| known == name).map(|(_, why)| *why),
                 }),
                 ["value", name, number, unit] => {
@@ -56,6 +90,13 @@ impl Report {
                 ["doctor", ..] => {
                     report.doctor = serde_json::from_str(rest.trim_start_matches("doctor ")).ok();
                 }
+                ["fail", case, ..] => {
+                    let what = rest.splitn(3, ' ').nth(2).unwrap_or_default().to_owned();
+                    let known = whose(case, &what);
+                    if let Some(last) = report.cases.last_mut() {
+                        last.findings.push(Finding { what, known });
+                    }
+                }
                 ["out", ..] => report.said.push(rest.trim_start_matches("out ").to_owned()),
                 ["end"] => report.ended = true,
                 _ => {}
@@ -66,7 +107,12 @@ impl Report {
 
     /// Names of the cases that failed without a known reason, and what else is wrong.
     pub fn faults(&self) -> Vec<String> {
-        let failed = self.cases.iter().filter(|case| case.status != "ok" && case.known.is_none());
+        let good = |case: &Case| {
+            case.status == "ok"
+                || case.known.is_some()
+                || !case.findings.is_empty() && case.findings.iter().all(|finding| finding.known.is_some())
+        };
+        let failed = self.cases.iter().filter(|case| !good(case));
         let mut faults: Vec<String> = failed.map(|case| case.name.clone()).collect();
         if !self.ended {
             faults.push("the end of the lab".to_owned());
@@ -88,7 +134,13 @@ impl fmt::Display for Report {
         }
         for case in &self.cases {
             writeln!(f, "{:<28} {:<8} {:7.2} s", case.name, case.status, case.seconds)?;
-            if let Some(known) = case.known {
+            for finding in &case.findings {
+                writeln!(f, "    {}", finding.what)?;
+                if let Some(known) = finding.known {
+                    writeln!(f, "        {known}")?;
+                }
+            }
+            if let Some(known) = case.known.filter(|_| case.status != "ok") {
                 writeln!(f, "    {known}")?;
             }
         }
@@ -107,21 +159,25 @@ mod tests {
     fn a_console_becomes_a_report() {
         let console = "\
 boot noise
-LAB case kvm/hello ok 1.25
+LAB case kvm-hello ok 1.25
 LAB case boot-1 124 150.00
 LAB out last words
+LAB case kvm-fpu 3 2.00
+LAB fail kvm-fpu AVX: expected to hold
 LAB value init-pc 3.5 s
 LAB value init-pc 2.5 s
 LAB value init-pc none s
 LAB doctor {\"engine\": \"kvm\"}
 LAB end";
         let report = Report::of(console.lines());
-        assert_eq!(report.cases.len(), 2);
+        assert_eq!(report.cases.len(), 3);
         assert_eq!(report.faults(), ["boot-1"]);
         assert_eq!(report.values["init-pc"], ("s".to_owned(), vec![3.5, 2.5]));
         assert_eq!(report.doctor.as_ref().unwrap()["engine"], "kvm");
         let text = report.to_string();
         assert!(text.contains("last words") && text.contains("median 3.50 s"), "{text}");
+        let more = console.replace("LAB value init-pc 3.5 s", "LAB fail kvm-fpu fsin: expected 0x1 got 0x2");
+        assert_eq!(Report::of(more.lines()).faults(), ["boot-1", "kvm-fpu"]);
         let cut = Report::of(console.lines().take(2));
         assert_eq!(cut.faults(), ["the end of the lab"]);
     }
