@@ -145,9 +145,9 @@ fn no_kick_is_lost() {
                 patience -= 1;
                 assert!(patience > 0, "kick {n} was lost");
                 if n % 3 == 0 {
-                    std::thread::yield_now()
+                    std::thread::yield_now();
                 } else {
-                    std::thread::sleep(Duration::from_micros(500))
+                    std::thread::sleep(Duration::from_micros(500));
                 }
             }
         }
