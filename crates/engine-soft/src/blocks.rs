@@ -1,5 +1,6 @@
 //! The book of translated blocks: by key, by RAM page, and the marks by which host faults find their way back.
 
+use crate::bases::Base;
 use crate::mode::Mode;
 
 /// Number of a block.
@@ -13,10 +14,14 @@ pub struct Block {
     pub page: u32,
     pub offset: u16,
     pub mode: Mode,
-    /// Linear address of the first instruction.
+    /// Linear address of the first instruction; where it was translated, if it floats.
     pub linear: u64,
-    /// RAM page of the second part, if its one instruction crosses a page (never chained to then).
+    /// Base of its page, if it floats.
+    pub base: Base,
+    /// RAM page of the second part, if its one instruction crosses a page.
     pub page2: Option<u32>,
+    /// Base of that, if the block floats.
+    pub base2: Base,
     /// 64-byte granules of `page` that the translation depends on.
     pub granules: u64,
     /// Entry for indirect jumps: compares R13 first.
@@ -29,7 +34,7 @@ pub struct Block {
     pub attention: u32,
     /// First offset after the hot code.
     pub end: u32,
-    /// Linear address of the last instruction.
+    /// Linear address of the last instruction, as `linear`.
     pub last: u64,
     /// What that adds to RSP if it is an indirect jump, call or return.
     pub moved: i32,
@@ -45,7 +50,23 @@ pub struct Mark {
     pub flags_live: bool,
     /// Where instructions are counted: how many of the block are not retired there.
     pub left: u8,
+    /// Of a floating block: `rip` counts by its offset in the page of this base.
+    pub base: Base,
     pub rip: u64,
+}
+
+/// What stands for the linear address in the key of a floating block.
+pub const FLOATING: u64 = u64::MAX;
+
+impl Block {
+    fn key(&self) -> u64 {
+        if self.base == 0 { self.linear } else { FLOATING }
+    }
+
+    /// Other blocks may jump to its head.
+    pub fn chainable(&self) -> bool {
+        self.page2.is_none() || self.base != 0
+    }
 }
 
 /// All blocks of one vCPU.
@@ -87,15 +108,15 @@ impl Blocks {
         self.marks = Default::default();
     }
 
-    fn slot(&self, page: u32, offset: u16, linear: u64, mode: Mode) -> usize {
+    fn slot(&self, page: u32, offset: u16, key: u64, mode: Mode) -> usize {
         let mask = self.table.len() - 1;
-        let mut at = (hash(page, offset, linear, mode) >> 32) as usize & mask;
+        let mut at = (hash(page, offset, key, mode) >> 32) as usize & mask;
         loop {
             match self.table[at] {
                 NONE => return at,
                 id => {
                     let b = &self.all[id as usize];
-                    if b.linear == linear && b.page == page && b.offset == offset && b.mode == mode {
+                    if b.key() == key && b.page == page && b.offset == offset && b.mode == mode {
                         return at;
                     }
                 }
@@ -104,16 +125,16 @@ impl Blocks {
         }
     }
 
-    /// The block for a key, dead or alive.
-    pub fn find(&self, page: u32, offset: u16, linear: u64, mode: Mode) -> Option<BlockId> {
-        let id = self.table[self.slot(page, offset, linear, mode)];
+    /// The block for a key, dead or alive. `key`: the linear address or [`FLOATING`].
+    pub fn find(&self, page: u32, offset: u16, key: u64, mode: Mode) -> Option<BlockId> {
+        let id = self.table[self.slot(page, offset, key, mode)];
         (id != NONE).then_some(id)
     }
 
     /// Adds a block, replacing a dead one of the same key (whose number is returned).
     pub fn add(&mut self, mut block: Block) -> (BlockId, Option<BlockId>) {
         let id = self.all.len() as u32;
-        let at = self.slot(block.page, block.offset, block.linear, block.mode);
+        let at = self.slot(block.page, block.offset, block.key(), block.mode);
         let old = self.table[at];
         block.next_in_page = self.pages[block.page as usize];
         self.pages[block.page as usize] = id;
@@ -130,7 +151,7 @@ impl Blocks {
         self.table = vec![NONE; old.len() * 2];
         for id in old.into_iter().filter(|id| *id != NONE) {
             let b = &self.all[id as usize];
-            let at = self.slot(b.page, b.offset, b.linear, b.mode);
+            let at = self.slot(b.page, b.offset, b.key(), b.mode);
             self.table[at] = id;
         }
     }
@@ -181,7 +202,9 @@ impl Blocks {
             offset,
             mode,
             linear,
+            base: 0,
             page2: None,
+            base2: 0,
             granules: 0,
             landing: 0,
             head: 0,

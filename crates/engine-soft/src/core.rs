@@ -10,6 +10,7 @@ use wardian_irq::LocalInterrupts;
 use wardian_memory::GuestMemory;
 use wardian_time::TimeBase;
 
+use crate::bases::Bases;
 use crate::ctx::{Ctx, CtxBox, VIEWS, View};
 use crate::mmu::Mmu;
 use crate::mode::Mode;
@@ -121,6 +122,8 @@ pub struct Core {
     pub stops_dirty: bool,
     /// Mode for which each view's jump cache was filled.
     pub view_mode: [Mode; VIEWS],
+    /// Where floating code lies.
+    pub bases: Bases,
     /// Instructions of translated code that are run by a call.
     pub straight: Straight,
     /// Linear ranges watched by a debugger or DR0-DR3: (start, length, on read, on write).
@@ -413,6 +416,7 @@ impl Core {
     ) -> Result<Box<Core>, EngineError> {
         let mut ctx = CtxBox::new()?;
         let mmu = Mmu::new(&mut ctx, &parts.mem, jump_miss);
+        let bases = Bases::new(&mut ctx, (parts.mem.size() / 4096) as usize);
         let fresh = ctx.get_mut();
         fresh.flags = 2 << 8;
         fresh.rflags = rflags::FIXED;
@@ -442,6 +446,7 @@ impl Core {
             mode_dirty: true,
             stops_dirty: true,
             view_mode: [Mode::default(); VIEWS],
+            bases,
             straight: Straight::default(),
             watch: Vec::new(),
             watch_hit: 0,

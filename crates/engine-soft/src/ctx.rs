@@ -16,6 +16,8 @@ pub const RBP_BIAS: i32 = 140;
 pub const TLB_ENTRIES: usize = 1 << 20;
 /// Slots of each jump cache.
 pub const JUMP_ENTRIES: usize = 1 << 16;
+/// Words for the bases of floating code: see [`crate::bases`].
+pub const BASE_ENTRIES: usize = 1 << 18;
 /// TLB and jump-cache views.
 pub const VIEWS: usize = 3;
 
@@ -52,10 +54,13 @@ pub enum Leave {
     Completed = 6,
     /// The block at `rip` has more instructions than are left in the budget. Only where instructions are counted.
     Budget = 7,
+    /// Jump to a floating block on another page, not chained or not to the one that is there now: `rip` is the target,
+    /// `arg` the place of the compare.
+    Edge = 8,
 }
 
 /// Number of reasons to leave.
-pub const LEAVES: usize = 8;
+pub const LEAVES: usize = 9;
 
 /// What translated code and its thunks address through RBP.
 #[repr(C, align(64))]
@@ -152,6 +157,9 @@ pub const fn jumps(view: View) -> i32 {
     tag_read(view) + 3 * TABLE_LEN as i32
 }
 
+/// Displacement from RBP of the bases.
+pub const BASES: i32 = disp(CTX_LEN + VIEWS * VIEW_LEN);
+
 /// Slot of the jump cache for `linear`; the same computation is emitted by the translator.
 pub const fn jump_slot(linear: u64) -> usize {
     (((linear >> 12) as u32 ^ linear as u32) & 0xffff) as usize
@@ -166,7 +174,7 @@ pub struct CtxBox {
 unsafe impl Send for CtxBox {}
 
 impl CtxBox {
-    const LEN: usize = CTX_LEN + VIEWS * VIEW_LEN;
+    const LEN: usize = CTX_LEN + VIEWS * VIEW_LEN + BASE_ENTRIES * 8;
 
     /// A zeroed context with empty tables.
     pub fn new() -> Result<CtxBox, EngineError> {
@@ -218,8 +226,8 @@ impl CtxBox {
     /// Reads entry `index` (masked) of the table at `table`.
     #[inline]
     pub fn load(&self, table: i32, index: usize) -> u64 {
-        // SAFETY: see `at`; the index is masked to the smaller table size by callers of jumps and to
-        // TLB_ENTRIES here.
+        // SAFETY: see `at`; the index is masked to the smaller table size by callers of jumps and bases
+        // and to TLB_ENTRIES here.
         unsafe { self.at(table, index & (TLB_ENTRIES - 1)).read() }
     }
 

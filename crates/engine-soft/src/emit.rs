@@ -4,6 +4,7 @@
 //! guest's RSP, R12 its RBP; guest R12-R15 live in the context; RBP is the context, RSP the host's stack, R13 and
 //! R14 are temporaries.
 
+use crate::bases::{self, Base};
 use crate::code::CodeMemory;
 use crate::ctx::disp;
 
@@ -181,6 +182,25 @@ impl<'a> Cursor<'a> {
             self.byte((scale.trailing_zeros() as u8) << 6 | i << 3 | base.map_or(5, |b| b & 7));
         }
         self.put(&d.to_le_bytes()[..bytes]);
+    }
+    /// `lea r, [r + d]` in as many steps as it takes.
+    pub fn add(&mut self, r: u8, d: i64, wide: bool) {
+        let first = d.clamp(i64::from(i32::MIN), i64::from(i32::MAX));
+        self.lea(r, Some(r), None, first as i32, wide);
+        if first != d {
+            self.lea(r, Some(r), None, (d - first) as i32, wide);
+        }
+    }
+    /// `mov r64, [rbp + base]`.
+    pub fn load_base(&mut self, r: u8, base: Base) {
+        self.load(r, bases::disp(base));
+    }
+    /// `cmp r64, [rbp + base]`: returns where the displacement of the base is.
+    pub fn cmp_base(&mut self, r: u8, base: Base) -> u32 {
+        self.put(&[0x48 | (r >> 3) << 2, 0x3b, 0x85 | (r & 7) << 3]);
+        let site = self.pos();
+        self.put(&bases::disp(base).to_le_bytes());
+        site
     }
     /// `lea r13, [r13 + r14]`: the host address of a checked access in one register.
     pub fn merge(&mut self) {

@@ -17,6 +17,7 @@
 #![allow(unsafe_code, missing_docs)]
 
 mod access;
+mod bases;
 mod blocks;
 mod code;
 mod core;

@@ -205,15 +205,24 @@ impl Mmu {
         old
     }
 
-    /// Remembers that indirect jumps to `linear` in `view` lead to `code`.
-    pub fn set_jump(&mut self, ctx: &mut CtxBox, view: View, linear: u64, code: u64, global: bool) {
+    /// Remembers that indirect jumps to `linear` in `view` lead to `code`, which may be floating.
+    pub fn set_jump(
+        &mut self,
+        ctx: &mut CtxBox,
+        view: View,
+        linear: u64,
+        code: u64,
+        (global, floating): (bool, bool),
+    ) {
         let slot = ctx::jump_slot(linear);
         let log = &mut self.jump_log[view as usize][usize::from(global)];
         if log.len() >= LOG_LIMIT {
             self.drop_jumps(ctx);
         }
         self.jump_log[view as usize][usize::from(global)].push(slot as u16);
-        self.bloom(linear & !0xfff, true);
+        if !floating {
+            self.bloom(linear & !0xfff, true);
+        }
         ctx.store(ctx::jumps(view), slot, code);
     }
 
@@ -321,6 +330,7 @@ impl Core {
             Flush::Page(_) => self.counters.page_invalidations += 1,
             _ => self.counters.tlb_flushes += 1,
         }
+        self.bases.flush(&mut self.ctx, what);
         self.mmu.flush(&mut self.ctx, what);
     }
 

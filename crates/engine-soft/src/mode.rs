@@ -71,6 +71,11 @@ impl Mode {
         Mode { bits, cs_base: if code64 { 0 } else { core.c().seg_base[seg::CS] as u32 } }
     }
 
+    /// That of 64-bit user code with nothing switched off.
+    #[cfg(test)]
+    pub fn user64() -> Mode {
+        Mode { bits: 2 << SIZE | 0x3f << FLAT | 1 << STACK32, cs_base: 0 }
+    }
     /// A single number for hashing.
     pub fn hash(self) -> u64 {
         u64::from(self.bits) << 32 | u64::from(self.cs_base)

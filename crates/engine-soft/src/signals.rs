@@ -3,9 +3,10 @@
 use std::cell::Cell;
 use std::sync::Once;
 
+use crate::bases;
 use crate::blocks::Blocks;
 use crate::code::CodeMemory;
-use crate::ctx::Ctx;
+use crate::ctx::{Ctx, RBP_BIAS};
 
 /// What the handler needs to know of the vCPU that runs on this thread.
 #[derive(Clone, Copy)]
@@ -29,20 +30,28 @@ pub fn set_running(running: Option<Running>) {
 extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     if let Some(running) = RUNNING.with(Cell::get) {
         // SAFETY: the kernel passes a valid ucontext; `running` is set only while the pointers are valid, and the
-        // thread is inside translated code when its RIP lies in the code memory, so nobody else uses them.
+        // thread is inside translated code when its RIP lies in the code memory, so nobody else uses them; the
+        // base of a mark is one that was given out, a word of the context's mapping.
         unsafe {
             let regs = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
             let host = regs[libc::REG_RIP as usize] as u64;
             if let Some(offset) = (*running.code).offset_of(host)
                 && let Some(mark) = (*running.blocks).mark_at(offset)
             {
+                let rip = if mark.base == 0 {
+                    mark.rip
+                } else {
+                    let place = RBP_BIAS + bases::disp(mark.base);
+                    let base = running.ctx.cast::<u8>().offset(place as isize).cast::<u64>().read();
+                    base.wrapping_add(mark.rip & 0xfff)
+                };
                 let trap = regs[libc::REG_TRAPNO as usize] as u64;
                 if mark.flags_live {
                     let eflags = regs[libc::REG_EFL as usize] as u32;
                     (*running.ctx).flags = (eflags & 0xd5 | 2) << 8 | (eflags >> 11 & 1);
                 }
                 (*running.ctx).budget += i64::from(mark.left);
-                regs[libc::REG_R13 as usize] = mark.rip as i64;
+                regs[libc::REG_R13 as usize] = rip as i64;
                 regs[libc::REG_R14 as usize] = trap as i64;
                 regs[libc::REG_RIP as usize] = running.leave as i64;
                 return;

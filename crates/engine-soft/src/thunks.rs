@@ -36,7 +36,8 @@ extern "C" fn slow_helper(ctx: *mut Ctx, address: u64, site: u64) -> u32 {
     // SAFETY: translated code runs only inside `Core`'s run loop, which put its own address there and does not
     // touch the core until translated code has left.
     let core = unsafe { &mut *((*ctx).core as *mut Core) };
-    core.slow_access(address, Site(site)) as u32
+    let site = Site(site).settled(&core.ctx);
+    core.slow_access(address, site) as u32
 }
 
 extern "C" fn commit_helper(ctx: *mut Ctx) -> u32 {

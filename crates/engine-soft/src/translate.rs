@@ -20,12 +20,13 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic as M
 use wardian_memory::PAGE_SIZE;
 
 use crate::access::{Site, is_canonical};
+use crate::bases::{self, Base};
 use crate::blocks::{Block, BlockId, Blocks, Mark};
 use crate::code::{CODE_LEN, COLD_START, CodeMemory, MARGIN};
 use crate::core::Core;
 use crate::ctx::Leave;
 use crate::decode::{Class, CodeInfo, CodeTable, Unit};
-use crate::emit::{Cursor, reg::T1};
+use crate::emit::{Cursor, reg::T0, reg::T1};
 use crate::mode::Mode;
 use crate::sys::straight::Straight;
 use crate::thunks::{self, Thunks};
@@ -93,6 +94,8 @@ enum Cold {
     Budget { site: u32, count: u8, rip: u64 },
     /// Leave to the run loop at an instruction.
     Quit { site: u32, why: Leave, rip: u64 },
+    /// The compare of an edge to another page did not find `target`'s.
+    Link { site: u32, compare: u32, target: u64 },
     /// Load the upper vector registers.
     High { site: u32, back: u32 },
 }
@@ -131,6 +134,8 @@ struct Emit<'a> {
     marks: Vec<Mark>,
     cold_marks: Vec<Mark>,
     page_linear: u64,
+    /// Base of the page, if the block floats.
+    base: Base,
     chainable: bool,
     /// Where instructions are counted: how many of the block are not retired yet, the present one included.
     left: u8,
@@ -185,11 +190,19 @@ impl Translator {
         count
     }
 
+    /// Has the edge whose compare is at `compare` lead to the floating block at `head`, in the page of `base`.
+    pub fn link(&mut self, compare: u32, base: Base, head: u32) {
+        // cmp r13, [rbp + d32]; jne d32; jmp d32
+        self.code.put(compare, &bases::disp(base).to_le_bytes());
+        self.code.patch(compare + 11, head);
+    }
+
     /// Translates the superblock at `linear`. `stops`: addresses that no block may run into.
     ///
     /// # Errors
     /// The fetch's page fault.
     pub fn translate(&mut self, core: &mut Core, linear: u64, mode: Mode, stops: &[u64]) -> Result<BlockId> {
+        let floating = bases::floats(mode, linear) && stops.is_empty();
         loop {
             let fetch = core.fetch_page(linear)?;
             let offset = (linear & (PAGE_SIZE - 1)) as usize;
@@ -247,13 +260,22 @@ impl Translator {
             let mut block = Blocks::blank(fetch.page as u32, offset as u16, linear, mode);
             block.granules = granules;
             block.page2 = second.map(|(next, _)| next.page as u32);
+            if floating {
+                let mut base = |page, linear| {
+                    let base = core.bases.of(&mut core.ctx, page);
+                    core.bases.bind(&mut core.ctx, base, linear);
+                    base
+                };
+                block.base = base(fetch.page, linear & !0xfff);
+                block.base2 = second.map_or(0, |(next, _)| base(next.page, (linear | 0xfff) + 1));
+            }
             core.counters.translations += 1;
             core.counters.translated_instructions += ops.len() as u64;
             self.emit(core, &mut block, &ops, &source, used);
             let crossing = second
                 .filter(|(_, first)| used > *first)
                 .map(|(next, first)| (next.page as u32, granule_mask(0, used - first)));
-            let (head, forward) = (block.head, block.page2.is_none());
+            let (head, forward) = (block.head, block.chainable());
             let (id, old) = self.blocks.add(block);
             if let Some((page, granules)) = crossing {
                 self.blocks.add_crossing(id, page, granules);
@@ -424,6 +446,7 @@ impl Translator {
             marks: Vec::new(),
             cold_marks: Vec::new(),
             page_linear: block.linear & !0xfff,
+            base: block.base,
             chainable: block.page2.is_none() && !mode.single(),
             left: 0,
             id: self.blocks.all.len() as BlockId,
@@ -433,7 +456,10 @@ impl Translator {
         // Landing: is this the address that the jump wanted?
         block.landing = e.c.pos();
         let linear = block.linear;
-        if linear as i64 == i64::from(linear as i32) {
+        if block.base != 0 {
+            e.c.lea(T1, Some(T0), None, -(i32::from(block.offset)), true);
+            e.c.cmp_base(T1, block.base);
+        } else if linear as i64 == i64::from(linear as i32) {
             e.c.put(&[0x49, 0x81, 0xfd]); // cmp r13, imm32
             e.c.put(&(linear as u32).to_le_bytes());
         } else {
@@ -447,6 +473,16 @@ impl Translator {
         let attention_site = e.c.pos();
         e.c.put(&[0; 4]);
         block.body = e.c.pos();
+        if block.base2 != 0 {
+            // Does the other page still follow? (The flags are in their slot here.)
+            e.c.load_base(T1, block.base);
+            e.c.add(T1, 4096, true);
+            e.c.cmp_base(T1, block.base2);
+            e.c.put(&[0x0f, 0x85]);
+            let site = e.c.pos();
+            e.c.put(&[0; 4]);
+            e.cold.push(Cold::Quit { site, why: Leave::Lookup, rip: linear });
+        }
         if self.counting {
             // What is interpreted counts itself.
             let translated = |op: &&Op| !matches!(op.info.class, Class::Unknown | Class::Interpret);
@@ -487,6 +523,10 @@ impl Translator {
         e.c.memory().patch(attention_site, cold_at);
         e.leave(Leave::Attention, linear);
         for item in cold {
+            e.cold_stub(item);
+        }
+        // Those of edges that were emitted in stubs.
+        for item in std::mem::take(&mut e.cold) {
             e.cold_stub(item);
         }
         let cold_end = e.c.pos();

@@ -13,7 +13,8 @@ use wardian_irq::{Kick, LocalInterrupts};
 use wardian_memory::GuestMemory;
 use wardian_time::{Nanos, RunDelay, TimeBase};
 
-use crate::blocks::BlockId;
+use crate::bases;
+use crate::blocks::{BlockId, FLOATING};
 use crate::core::Core;
 use crate::ctx::{Leave, RBP_BIAS};
 use crate::decode::{Class, CodeTable};
@@ -147,6 +148,7 @@ impl SoftVcpu {
         self.translator.clear();
         self.core.straight.clear();
         self.core.mmu.drop_jumps(&mut self.core.ctx);
+        self.core.bases.clear(&mut self.core.ctx);
     }
 
     fn attention(&mut self) {
@@ -244,25 +246,34 @@ impl SoftVcpu {
         let linear = self.core.c().rip;
         let fetch = self.core.fetch_page(linear)?;
         self.core.counters.lookups += 1;
-        if let Some(id) =
-            self.translator.blocks.find(fetch.page as u32, (linear & 0xfff) as u16, linear, self.core.mode())
-        {
+        let mode = self.core.mode();
+        let key = if bases::floats(mode, linear) && self.stops.is_empty() { FLOATING } else { linear };
+        if let Some(id) = self.translator.blocks.find(fetch.page as u32, (linear & 0xfff) as u16, key, mode) {
             let block = &self.translator.blocks.all[id as usize];
             match block.page2 {
                 _ if block.dead => {}
-                None => return Ok(id),
+                None => {
+                    if block.base != 0 {
+                        self.core.bases.bind(&mut self.core.ctx, block.base, linear & !0xfff);
+                    }
+                    return Ok(id);
+                }
                 Some(page) => {
-                    let second = self.core.fetch_page((linear | 0xfff).wrapping_add(1))?;
+                    let next = (linear | 0xfff).wrapping_add(1);
+                    let second = self.core.fetch_page(next)?;
                     if second.page as u32 == page {
+                        if block.base != 0 {
+                            self.core.bases.bind(&mut self.core.ctx, block.base, linear & !0xfff);
+                            self.core.bases.bind(&mut self.core.ctx, block.base2, next);
+                        }
                         return Ok(id);
                     }
                 }
             }
         }
-        if !self.translator.has_room() || !self.core.straight.has_room() {
+        if !self.translator.has_room() || !self.core.straight.has_room() || !self.core.bases.has_room() {
             self.forget_code();
         }
-        let mode = self.core.mode();
         self.translator.translate(&mut self.core, linear, mode, &self.stops)
     }
 
@@ -428,8 +439,9 @@ impl SoftVcpu {
         let source = self.core.c().source as usize;
         if let Some(block) = self.translator.blocks.all.get(source) {
             let rsp = self.core.gpr(CpuState::RSP).wrapping_sub(i64::from(block.moved) as u64);
+            let last = bases::settled(&self.core.ctx, block.base, block.last);
             let ctx = self.core.ctx.get_mut();
-            ctx.rip = block.last;
+            ctx.rip = last;
             ctx.budget += 1; // it was counted
             self.core.set_gpr(CpuState::RSP, rsp);
         }
@@ -528,7 +540,7 @@ impl SoftVcpu {
             let single = self.core.mode().single();
             let block = &self.translator.blocks.all[id as usize];
             let at = if std::mem::take(&mut first) { block.body } else { block.head };
-            let start = block.linear;
+            let start = self.core.c().rip;
             entered = entered.saturating_add(1);
             self.enter(at);
             let ctx = self.core.c();
@@ -540,7 +552,7 @@ impl SoftVcpu {
             }
             let ctx = self.core.c();
             match leave {
-                l if l == Leave::Chain as u32 || l == Leave::Lookup as u32 => {
+                l if l == Leave::Chain as u32 || l == Leave::Lookup as u32 || l == Leave::Edge as u32 => {
                     if ctx.attention.load(Ordering::Acquire) != 0 {
                         return None;
                     }
@@ -558,18 +570,28 @@ impl SoftVcpu {
                     let block = &self.translator.blocks.all[id as usize];
                     if l == Leave::Lookup as u32 {
                         let landing = self.translator.code.exec(block.landing);
-                        let (linear, crosses) = (block.linear, block.page2.is_some());
+                        let (floating, chainable) = (block.base != 0, block.chainable());
                         let view = self.core.mode().view();
-                        let global = self.core.fetch_page(linear).is_ok_and(|f| f.global) && !crosses;
-                        if !crosses && self.stops.is_empty() {
-                            self.core.mmu.set_jump(&mut self.core.ctx, view, linear, landing, global);
+                        let global = floating || self.core.fetch_page(rip).is_ok_and(|f| f.global);
+                        if chainable && self.stops.is_empty() {
+                            self.core.mmu.set_jump(
+                                &mut self.core.ctx,
+                                view,
+                                rip,
+                                landing,
+                                (global, floating),
+                            );
                         }
                     } else if flushes == self.core.counters.cache_flushes
-                        && block.page2.is_none()
+                        && block.chainable()
                         && self.stops.is_empty()
                     {
-                        let head = block.head;
-                        self.translator.code.patch(arg, head);
+                        let (head, base) = (block.head, block.base);
+                        if l == Leave::Chain as u32 {
+                            self.translator.code.patch(arg, head);
+                        } else if base != 0 {
+                            self.translator.link(arg, base, head);
+                        }
                     }
                 }
                 l if l == Leave::Interpret as u32 => {

@@ -7,11 +7,12 @@
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use wardian_cpu::Activity;
 use wardian_cpu::bits::rflags;
 
 use super::{Handler, canonical, handler};
+use crate::bases::{self, Base};
 use crate::core::Core;
 use crate::ctx::{self, Ctx, Leave};
 use crate::mode::Mode;
@@ -24,7 +25,10 @@ const MOST: usize = 1 << 17;
 struct Ready {
     insn: Instruction,
     run: Handler,
+    /// Where it was translated.
     linear: u64,
+    /// Base of its page, if its block floats.
+    base: Base,
     /// Its block starts with it: the attention word was just looked at, or is meant to be passed over.
     first: bool,
     count: u32,
@@ -40,8 +44,8 @@ pub(crate) struct Straight {
 
 impl Straight {
     /// Keeps `insn` at linear address `linear`, and gives its number.
-    pub(crate) fn add(&mut self, insn: Instruction, linear: u64, first: bool) -> u32 {
-        self.ready.push(Ready { insn, run: handler(&insn), linear, first, count: 0 });
+    pub(crate) fn add(&mut self, insn: Instruction, linear: u64, base: Base, first: bool) -> u32 {
+        self.ready.push(Ready { insn, run: handler(&insn), linear, base, first, count: 0 });
         self.ready.len() as u32 - 1
     }
 
@@ -95,12 +99,32 @@ pub(crate) extern "C" fn helper(ctx: *mut Ctx, number: u32) -> u64 {
     }
 }
 
+/// The same instruction, `by` further on.
+fn relocate(insn: &mut Instruction, by: u64) {
+    insn.set_ip(insn.ip().wrapping_add(by));
+    if insn.is_ip_rel_memory_operand() {
+        let at = insn.memory_displacement64().wrapping_add(by);
+        let narrow = insn.memory_base() == Register::EIP;
+        insn.set_memory_displacement64(if narrow { at & 0xffff_ffff } else { at });
+    }
+    match insn.op0_kind() {
+        OpKind::NearBranch64 => insn.set_near_branch64(insn.near_branch64().wrapping_add(by)),
+        OpKind::NearBranch32 => insn.set_near_branch32(insn.near_branch32().wrapping_add(by as u32)),
+        OpKind::NearBranch16 => insn.set_near_branch16(insn.near_branch16().wrapping_add(by as u16)),
+        _ => {}
+    }
+}
+
 impl Core {
     fn run_straight(&mut self, number: u32) -> Result<u64, Leave> {
         // (A number that does not exist would be a bug of the translator.)
         let ready = self.straight.ready.get_mut(number as usize).ok_or(Leave::Attention)?;
-        let (insn, run) = (ready.insn, ready.run);
-        self.ctx.get_mut().rip = ready.linear;
+        let (mut insn, run, linear) = (ready.insn, ready.run, ready.linear);
+        let rip = bases::settled(&self.ctx, ready.base, linear);
+        if rip != linear {
+            relocate(&mut insn, rip.wrapping_sub(linear));
+        }
+        self.ctx.get_mut().rip = rip;
         if !ready.first && self.ctx.get().attention.load(Ordering::Acquire) != 0 {
             // Interrupts right behind an STI must not be hidden for ever by a CLI.
             return Err(Leave::Attention);

@@ -11,9 +11,36 @@ use crate::ctx::{self, Leave};
 use crate::decode::{Class, Field};
 use crate::emit::{host_of, reg, reg::T0, reg::T1, scratch, slot};
 impl Emit<'_> {
+    /// The linear address `linear` into register `to`, computed from the page's base if the block floats.
+    pub(super) fn place(&mut self, to: u8, linear: u64, wide: bool) {
+        if self.base == 0 {
+            self.c.mov_imm(to, if wide { linear } else { linear & 0xffff_ffff });
+        } else {
+            self.c.load_base(to, self.base);
+            let by = linear.wrapping_sub(self.page_linear) as i64;
+            self.c.add(to, if wide { by } else { i64::from(by as i32) }, wide);
+        }
+    }
+
+    /// A direct jump to another page. Flags must be in the slot.
+    fn go_far(&mut self, target: u64) {
+        if self.base == 0 {
+            self.c.mov_imm(T0, target);
+            self.c.jump_slot(ctx::jumps(self.mode.view()), ctx::jump_slot(target));
+            return;
+        }
+        // Until it is linked it compares with what no page has.
+        self.place(T0, target & !0xfff, true);
+        let compare = self.c.cmp_base(T0, 0);
+        self.c.put(&[0x0f, 0x85]);
+        let site = self.c.pos();
+        self.c.put(&[0, 0, 0, 0, 0xe9, 0, 0, 0, 0]);
+        self.cold.push(Cold::Link { site, compare, target });
+    }
+
     /// `mov r13, rip; jmp leave`.
     pub(super) fn leave(&mut self, why: Leave, rip: u64) {
-        self.c.mov_imm(T0, rip);
+        self.place(T0, rip, true);
         let target = self.thunks.leave[why as usize];
         self.c.jmp(target);
     }
@@ -42,8 +69,7 @@ impl Emit<'_> {
             let site = self.c.pos() - 4;
             self.cold.push(Cold::Edge { site, target, save: false, left: 0 });
         } else {
-            self.c.mov_imm(T0, target);
-            self.c.jump_slot(ctx::jumps(self.mode.view()), ctx::jump_slot(target));
+            self.go_far(target);
         }
     }
 
@@ -58,7 +84,7 @@ impl Emit<'_> {
                 let valid = !self.mode.single() && straight(insn, op.info, self.mode);
                 match &mut self.straight {
                     Some(list) if valid => {
-                        let number = list.add(*insn, rip, op.start == 0);
+                        let number = list.add(*insn, rip, self.base, op.start == 0);
                         self.c.mov_imm(T1, u64::from(number));
                         let target = self.thunks.straight;
                         self.c.jmp(target);
@@ -150,14 +176,14 @@ impl Emit<'_> {
             }
             Class::CallNear => {
                 let target = self.mode.linear(insn.near_branch_target());
-                self.push(op, rip, Next::Linear(target), |e| e.pair_store_imm(insn.next_ip()));
+                self.push(op, rip, Next::Linear(target), |e| e.pair_store_return(insn.next_ip()));
                 self.go(target, op.live_after);
                 return true;
             }
             Class::CallIndirect => {
                 self.branch_operand(op, source, rip);
                 self.c.store(scratch(0), T0);
-                self.push(op, rip, Next::Scratch, |e| e.pair_store_imm(insn.next_ip()));
+                self.push(op, rip, Next::Scratch, |e| e.pair_store_return(insn.next_ip()));
                 self.c.load(T0, scratch(0));
                 self.go_indirect(-8);
                 return true;
@@ -251,6 +277,16 @@ impl Emit<'_> {
         }
     }
 
+    /// The return address `ip` of a call.
+    pub(super) fn pair_store_return(&mut self, ip: u64) {
+        if self.base == 0 {
+            return self.pair_store_imm(ip);
+        }
+        self.c.merge();
+        self.place(T1, ip, true);
+        self.single_store(T1);
+    }
+
     /// A push: check, `store`, move the stack pointer.
     pub(super) fn push(&mut self, op: &Op, rip: u64, next: Next, store: impl Fn(&mut Self)) {
         let size = self.stack_size();
@@ -276,7 +312,8 @@ impl Emit<'_> {
         checked: bool,
     ) -> usize {
         self.clobber(live);
-        let access = Site::new(rip, size, read, write, segment, checked).unwrap_or(Site(rip));
+        let access =
+            Site::new(rip, size, read, write, segment, checked).unwrap_or(Site(rip)).floating(self.base);
         let view = self.mode.view();
         let tag = if write { ctx::tag_write(view) } else { ctx::tag_read(view) };
         let site = if checked {
@@ -309,6 +346,13 @@ impl Emit<'_> {
                 self.c.memory().patch(site, here);
                 self.leave(why, rip);
             }
+            Cold::Link { site, compare, target } => {
+                self.c.memory().patch(site, here);
+                self.c.add(T0, (target & 0xfff) as i64, true);
+                self.c.mov_imm(T1, u64::from(compare));
+                let leave = self.thunks.leave[Leave::Edge as usize];
+                self.c.jmp(leave);
+            }
             Cold::High { site, back } => {
                 self.c.memory().patch(site, here);
                 let load = self.thunks.load_high;
@@ -333,15 +377,14 @@ impl Emit<'_> {
                     return;
                 }
                 if !(self.chainable && target & !0xfff == self.page_linear) {
-                    self.c.mov_imm(T0, target);
-                    self.c.jump_slot(ctx::jumps(self.mode.view()), ctx::jump_slot(target));
+                    self.go_far(target);
                     return;
                 }
                 if save || left != 0 {
                     self.c.put(&[0xe9, 0, 0, 0, 0]); // to the next instruction until chained
                     chain = self.c.pos() - 4;
                 }
-                self.c.mov_imm(T0, target);
+                self.place(T0, target, true);
                 self.c.mov_imm(T1, u64::from(chain));
                 let leave = self.thunks.leave[Leave::Chain as usize];
                 self.c.jmp(leave);
@@ -380,7 +423,7 @@ impl Emit<'_> {
                     }
                     self.c.give_back(left.saturating_sub(1));
                     match next {
-                        Next::Linear(rip) => self.c.mov_imm(T0, rip),
+                        Next::Linear(rip) => self.place(T0, rip, true),
                         Next::Scratch => self.c.load(T0, scratch(0)),
                     }
                     let leave = self.thunks.leave[Leave::Completed as usize];

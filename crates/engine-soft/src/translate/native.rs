@@ -19,7 +19,9 @@ impl Emit<'_> {
         let segment = operand_segment(insn, self.mode.code64());
         let add_base = linear && self.mode.based(segment);
         let wide = asize == 8 && wide_result;
-        if base == Register::RIP
+        if self.base != 0 && matches!(base, Register::RIP | Register::EIP) {
+            self.place(to, disp, wide);
+        } else if base == Register::RIP
             || base == Register::EIP
             || (base == Register::None && index == Register::None)
         {
@@ -253,7 +255,7 @@ impl Emit<'_> {
         let pointer = if memory { Some(if merged { map(T0, self) } else { T0 }) } else { None };
         if info.may_fault {
             let flags_live = self.loc != Loc::Slot;
-            self.marks.push(Mark { host: self.c.pos(), flags_live, left: self.left, rip });
+            self.marks.push(Mark { host: self.c.pos(), flags_live, left: self.left, base: self.base, rip });
         }
         self.copy(&raw, &regs, pointer, merged, op, source, high);
         if let Some(r) = lent {
