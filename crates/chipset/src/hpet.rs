@@ -4,6 +4,7 @@
 //! The counter is a function of guest time; each register access reads guest time once and every timer
 //! sees the same "now". Timer 0 and 1 take the places of the PIT and the RTC under legacy replacement.
 
+mod persist;
 mod regs;
 #[cfg(test)]
 mod tests;
@@ -20,7 +21,7 @@ use crate::edge_ticks::EdgeTicks;
 use crate::layout::{GSI_HPET, GSI_RTC, GSI_TIMER};
 use crate::wire::{Output, Wire, lock};
 
-pub use regs::{HpetState, HpetTimerState};
+pub use persist::{HpetState, HpetTimerState};
 
 /// Low half of the capabilities register, which the ACPI table repeats: revision 1, three timers, 64 bits
 /// wide, legacy replacement capable, vendor 8086h.
@@ -115,21 +116,6 @@ impl Hpet {
         Self::build(queue, chip, routing, Regs::new(ticks))
     }
 
-    /// The HPET that was saved as `state`, at the guest time of `queue`'s base, with its lines raised.
-    #[must_use]
-    pub fn restore(
-        queue: &Arc<TimerQueue>,
-        chip: &Arc<dyn IrqChip>,
-        routing: LegacyRouting,
-        ticks: TickConfig,
-        state: &HpetState,
-    ) -> Arc<Hpet> {
-        let regs = Regs::restore(state, ticks, queue.base().now(), queue.base().timeline());
-        let hpet = Self::build(queue, chip, routing, regs);
-        hpet.change(|_, _, _| ());
-        hpet
-    }
-
     fn build(
         queue: &Arc<TimerQueue>,
         chip: &Arc<dyn IrqChip>,
@@ -150,12 +136,6 @@ impl Hpet {
         let _ = hpet.timer.set(queue.timer(handler));
         let _ = hpet.ticks.set(std::array::from_fn(|index| HpetTick::new(&hpet, index, chip)));
         hpet
-    }
-
-    /// What to save: counter and comparators as they are at this moment.
-    #[must_use]
-    pub fn save(&self) -> HpetState {
-        self.change(|regs, now, _| regs.save(now))
     }
 
     fn change<R>(&self, change: impl FnOnce(&mut Regs, Nanos, Nanos) -> R) -> R {

@@ -6,6 +6,7 @@
 //! as taken when the guest reads register C.
 
 mod calendar;
+mod persist;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,8 @@ use wardian_time::{Grid, Moment, Nanos, Tick, TickConfig, TimeBase, Timer, Timer
 use crate::edge_ticks::tick_values;
 use crate::hpet::LegacyRouting;
 use crate::wire::{Output, Wire, lock};
+
+pub use persist::RtcState;
 
 /// Register of the century, BCD or binary as register B says.
 pub const CENTURY: u8 = 0x32;
@@ -394,10 +397,16 @@ impl Rtc {
         routing: LegacyRouting,
         ticks: TickConfig,
     ) -> Arc<Rtc> {
+        let base = queue.base();
+        let state = State::new(base.wall(), base.timeline(), memory, ticks);
+        Self::build(queue, line, routing, state)
+    }
+
+    fn build(queue: &Arc<TimerQueue>, line: Line, routing: LegacyRouting, state: State) -> Arc<Rtc> {
         let base = Arc::clone(queue.base());
         let chip = Arc::clone(line.chip());
         let rtc = Arc::new(Rtc {
-            state: Mutex::new(State::new(base.wall(), base.timeline(), memory, ticks)),
+            state: Mutex::new(state),
             base,
             timer: OnceLock::new(),
             ticks: OnceLock::new(),

@@ -1,6 +1,5 @@
 //! The registers and the state machine behind them; pure, with "now" as an argument.
 
-use serde::{Deserialize, Serialize};
 use wardian_irq::Gsi;
 use wardian_time::{Grid, Moment, Nanos, Tick, TickConfig};
 
@@ -18,40 +17,41 @@ pub(super) const TIMERS: usize = 3;
 /// Lines: system timer, RTC and the four of [`GSI_HPET`].
 pub(super) const OUTPUTS: usize = 6;
 
-const ENABLE: u64 = 1 << 0;
-const LEGACY: u64 = 1 << 1;
+pub(super) const ENABLE: u64 = 1 << 0;
+pub(super) const LEGACY: u64 = 1 << 1;
 
-const T_LEVEL: u64 = 1 << 1;
+pub(super) const T_LEVEL: u64 = 1 << 1;
 const T_INTERRUPT: u64 = 1 << 2;
-const T_PERIODIC: u64 = 1 << 3;
+pub(super) const T_PERIODIC: u64 = 1 << 3;
 const T_PERIODIC_CAP: u64 = 1 << 4;
 const T_64BIT_CAP: u64 = 1 << 5;
-const T_SET_VALUE: u64 = 1 << 6;
+pub(super) const T_SET_VALUE: u64 = 1 << 6;
 const T_32BIT: u64 = 1 << 8;
-const T_ROUTE_SHIFT: u32 = 9;
-const T_ROUTE: u64 = 0x1f << T_ROUTE_SHIFT;
-const T_WRITABLE: u64 = T_LEVEL | T_INTERRUPT | T_PERIODIC | T_SET_VALUE | T_32BIT | T_ROUTE;
+pub(super) const T_ROUTE_SHIFT: u32 = 9;
+pub(super) const T_ROUTE: u64 = 0x1f << T_ROUTE_SHIFT;
+pub(super) const T_WRITABLE: u64 = T_LEVEL | T_INTERRUPT | T_PERIODIC | T_SET_VALUE | T_32BIT | T_ROUTE;
 
 /// A 32-bit comparator this much behind the counter was meant to be in the past: 1/1024 s. Any further
 /// behind, it is meant to come after the counter has wrapped.
 const TINY_SPAN: u64 = 1_000_000_000 / PERIOD_NS / 1024;
 
-fn routes() -> u64 {
+pub(super) fn routes() -> u64 {
     GSI_HPET.iter().fold(0, |mask, gsi| mask | 1 << gsi.0)
 }
 
+/// One timer.
 #[derive(Clone, Copy, Debug)]
-struct Comparator {
-    config: u64,
+pub(super) struct Comparator {
+    pub(super) config: u64,
     /// The comparator in the 64 bits of the counter, also in 32-bit mode.
-    at: u64,
+    pub(super) at: u64,
     /// Ticks between interrupts in periodic mode as the guest set it; 0 until it has.
-    period: u64,
+    pub(super) period: u64,
     /// The counter has not reached `at` since that was set.
-    armed: bool,
-    tick: Tick,
+    pub(super) armed: bool,
+    pub(super) tick: Tick,
     /// The tick is due and vCPU 0 was asked to let it be offered.
-    handed: bool,
+    pub(super) handed: bool,
 }
 
 impl Comparator {
@@ -60,7 +60,7 @@ impl Comparator {
     }
 
     /// Ticks between interrupts, if they repeat: not less than 100 us, not more than half the counter's range.
-    fn repeats(self) -> Option<u64> {
+    pub(super) fn repeats(self) -> Option<u64> {
         let period = self.period & self.width_mask();
         (self.is(T_PERIODIC) && period != 0).then(|| period.clamp(MIN_PERIOD_TICKS, self.width_mask() >> 1))
     }
@@ -122,16 +122,16 @@ impl Comparator {
 /// Everything that the device remembers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Regs {
-    config: u64,
-    status: u64,
+    pub(super) config: u64,
+    pub(super) status: u64,
     /// Counter while stopped; counter minus guest time in ticks while running.
-    counter: u64,
-    timers: [Comparator; TIMERS],
+    pub(super) counter: u64,
+    pub(super) timers: [Comparator; TIMERS],
     wires: [Wire; OUTPUTS],
 }
 
 /// Counter periods per second.
-const HZ: u64 = 1_000_000_000 / PERIOD_NS;
+pub(super) const HZ: u64 = 1_000_000_000 / PERIOD_NS;
 
 impl Regs {
     /// The registers after reset, with ticks treated as `ticks` says.
@@ -149,7 +149,7 @@ impl Regs {
 }
 
 impl Regs {
-    fn running(&self) -> bool {
+    pub(super) fn running(&self) -> bool {
         self.config & ENABLE != 0
     }
 
@@ -462,66 +462,5 @@ impl Regs {
             tree.extend(tick_values(&format!("timer{index}"), &timer.tick));
         }
         tree
-    }
-}
-
-/// One timer as it is saved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HpetTimerState {
-    /// Configuration register without the capability bits.
-    pub config: u64,
-    /// Comparator in the 64 bits of the counter.
-    pub comparator: u64,
-    /// Period in ticks; 0 if none was set.
-    pub period: u64,
-    /// The comparator was set and has not matched yet.
-    pub armed: bool,
-}
-
-/// The HPET as it is saved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HpetState {
-    /// General configuration register.
-    pub config: u64,
-    /// General interrupt status register.
-    pub status: u64,
-    /// The counter, running or not.
-    pub counter: u64,
-    /// The timers.
-    pub timers: [HpetTimerState; TIMERS],
-}
-
-impl Regs {
-    /// Call after [`Regs::advance`] for the same `now`.
-    pub(super) fn save(&self, now: Nanos) -> HpetState {
-        HpetState {
-            config: self.config,
-            status: self.status,
-            counter: self.counter(now),
-            timers: self.timers.map(|timer| HpetTimerState {
-                config: timer.config,
-                comparator: timer.at,
-                period: timer.period,
-                armed: timer.armed,
-            }),
-        }
-    }
-
-    pub(super) fn restore(state: &HpetState, ticks: TickConfig, now: Nanos, line: Nanos) -> Regs {
-        let mut regs = Regs::new(ticks);
-        for (timer, saved) in regs.timers.iter_mut().zip(&state.timers) {
-            let route = (saved.config & T_ROUTE) >> T_ROUTE_SHIFT;
-            timer.config = saved.config & T_WRITABLE;
-            if routes() & 1 << route == 0 {
-                timer.config = timer.config & !T_ROUTE | u64::from(GSI_HPET[0].0) << T_ROUTE_SHIFT;
-            }
-            timer.at = saved.comparator;
-            timer.period = saved.period;
-            timer.armed = saved.armed;
-        }
-        regs.status = state.status & ((1 << TIMERS) - 1);
-        regs.counter = state.counter;
-        regs.configure(state.config & (ENABLE | LEGACY), now, line);
-        regs
     }
 }

@@ -342,18 +342,18 @@ fn rule_9_after_restore_any_wrap_is_past() {
     rig.run(10 * MS);
     rig.put(config_of(2), ENABLE | TO_20 | NARROW);
     rig.put(comparator_of(2), 20 * MS);
-    let mut state = rig.hpet.save();
+    let state = rig.hpet.save();
     // The machine slept while its clock went on.
-    state.counter += 50 * MS;
-    let clock = Clock::new();
-    let chip = Recorder::new();
+    rig.clock.base.advance(Nanos(50 * MS * 10));
+    let (clock, chip) = (rig.clock.twin(), Recorder::new());
     let restored = Hpet::restore(
         &clock.queue,
         &(Arc::clone(&chip) as Arc<dyn IrqChip>),
         LegacyRouting::default(),
         TickConfig::default(),
         &state,
-    );
+    )
+    .unwrap();
     assert_eq!(chip.edges(GSI20), 1);
     assert_eq!(u64::from_le_bytes(read(&*restored, COUNTER)), 60 * MS);
 }
@@ -368,8 +368,7 @@ fn what_is_saved_goes_on_after_restore() {
     rig.put(comparator_of(0), MS);
     rig.run(MS + 10);
     let state: HpetState = rig.hpet.save();
-    let clock = Clock::new();
-    clock.run(Nanos(123_450));
+    let clock = rig.clock.twin();
     let (chip, routing) = (Recorder::new(), LegacyRouting::default());
     let restored = Hpet::restore(
         &clock.queue,
@@ -377,7 +376,8 @@ fn what_is_saved_goes_on_after_restore() {
         routing.clone(),
         TickConfig::default(),
         &state,
-    );
+    )
+    .unwrap();
     assert_eq!(restored.save(), state);
     assert!(routing.is_on() && chip.level(GSI_TIMER));
     clock.run(Nanos((MS - 11) * 10));

@@ -84,8 +84,16 @@ pub struct TickCountsState {
 
 impl TickCountsState {
     fn of(counts: &TickCounts) -> TickCountsState {
-        let TickCounts { delivered, replayed, missed, masked, coalesced, stepped, latest } = *counts;
-        TickCountsState { delivered, replayed, missed, masked, coalesced, stepped, latest_ns: latest.0 }
+        let most = |count: u64| count.min(MAX_COUNT);
+        TickCountsState {
+            delivered: most(counts.delivered),
+            replayed: most(counts.replayed),
+            missed: most(counts.missed),
+            masked: most(counts.masked),
+            coalesced: most(counts.coalesced),
+            stepped: most(counts.stepped),
+            latest_ns: counts.latest.0,
+        }
     }
 
     fn counts(&self) -> Result<TickCounts, Wrong> {
