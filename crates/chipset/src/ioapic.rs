@@ -1,6 +1,8 @@
 //! The I/O APIC: an 82093AA with version 20h, so that it has an EOI register (Intel 82093AA data sheet,
 //! section 3; ICH9 data sheet, 13.5).
 
+pub(crate) mod persist;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use wardian_irq::Delivery;
@@ -28,7 +30,7 @@ const WRITABLE: u64 = 0xff00_0000_0001_afff;
 
 /// The state of the chip: registers and input levels.
 #[derive(Clone, Debug)]
-struct IoapicState {
+struct IoapicRegs {
     id: u32,
     select: u8,
     entries: [u64; IOAPIC_PINS],
@@ -47,14 +49,14 @@ pub(crate) struct Request {
 /// under its own.
 #[derive(Debug)]
 pub(crate) struct Ioapic {
-    state: Mutex<IoapicState>,
+    state: Mutex<IoapicRegs>,
 }
 
 fn is_level(entry: u64) -> bool {
     entry & LEVEL != 0 && matches!(Mode::of(entry as u32), Mode::Fixed | Mode::Lowest)
 }
 
-impl IoapicState {
+impl IoapicRegs {
     fn message(&self, pin: usize) -> Message {
         let entry = self.entries[pin];
         Message {
@@ -124,11 +126,11 @@ impl IoapicState {
 impl Ioapic {
     pub(crate) fn new() -> Ioapic {
         Ioapic {
-            state: Mutex::new(IoapicState { id: 0, select: 0, entries: [MASKED; IOAPIC_PINS], lines: 0 }),
+            state: Mutex::new(IoapicRegs { id: 0, select: 0, entries: [MASKED; IOAPIC_PINS], lines: 0 }),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, IoapicState> {
+    fn lock(&self) -> MutexGuard<'_, IoapicRegs> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

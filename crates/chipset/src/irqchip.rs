@@ -4,12 +4,13 @@
 //! this module carries it there without holding any lock. So an EOI may reach the IOAPIC and come back as
 //! a new interrupt of the same local APIC.
 
+mod persist;
 #[cfg(test)]
 mod tests;
 mod ticks;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use wardian_bus::{Access, Device};
@@ -26,8 +27,12 @@ use crate::lapic::regs::Effect;
 use crate::pic::{Pic, Port};
 use ticks::{Ticks, wiring};
 
+pub use crate::ioapic::persist::IoapicState;
 pub use crate::ioapic::{IOAPIC_BASE, IOAPIC_PINS};
+pub use crate::lapic::persist::LapicState;
 pub use crate::lapic::{LAPIC_BASE, LAPIC_TIMER_HZ, MsrFault};
+pub use crate::pic::persist::{InitState, PicChipState, PicState};
+pub use persist::IrqChipState;
 
 /// ISA interrupts that do not arrive at the IOAPIC input of the same number, as (ISA interrupt, input):
 /// the interrupt source overrides of the MADT. All other ISA interrupts are wired one to one.
@@ -53,6 +58,8 @@ pub struct SoftIrqChip {
     ticks: Ticks,
     /// Where the next lowest-priority arbitration among equals begins.
     turn: AtomicUsize,
+    /// Inputs that were up when the chips were saved and that no device has spoken of since.
+    unclaimed: AtomicU32,
 }
 
 impl SoftIrqChip {
@@ -78,6 +85,7 @@ impl SoftIrqChip {
             pic,
             ticks: Ticks::default(),
             turn: AtomicUsize::new(0),
+            unclaimed: AtomicU32::new(0),
         })
     }
 
@@ -251,6 +259,9 @@ impl IrqChip for SoftIrqChip {
     /// Input 2 is the system timer, ISA interrupt 0 ([`ISA_OVERRIDES`]); `Gsi(0)` names it as well.
     fn set_line(&self, gsi: Gsi, level: bool) -> Delivery {
         let (irq, pin) = wiring(gsi);
+        if self.is_raised_again(pin, level) {
+            return Delivery::Coalesced;
+        }
         let pic = irq.map_or(Delivery::Masked, |irq| {
             let delivery = self.pic.set_line(irq, level);
             self.pic_changed();

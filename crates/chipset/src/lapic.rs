@@ -5,6 +5,7 @@
 //! processor.
 
 pub(crate) mod message;
+pub(crate) mod persist;
 pub(crate) mod regs;
 #[cfg(test)]
 mod tests;
@@ -16,7 +17,7 @@ use wardian_irq::{Delivery, Kick, PendingEvents};
 use wardian_time::{Nanos, TickConfig, TimeBase, Timer, TimerHandler, TimerQueue};
 
 use message::Message;
-use regs::{Effect, LapicState, event};
+use regs::{Effect, LapicRegs, event};
 
 /// Physical address of the local APIC page.
 pub const LAPIC_BASE: u64 = 0xfee0_0000;
@@ -38,7 +39,7 @@ pub struct MsrFault;
 /// Lock order: `state`, then the timer queue's. No other chip's lock is held with `state`, and the kick
 /// is called without it.
 pub(crate) struct Lapic {
-    state: Mutex<LapicState>,
+    state: Mutex<LapicRegs>,
     /// What is pending (bits of [`event`]), kept up to date under the lock of `state`.
     events: AtomicU32,
     /// The timer's tick is to be offered on the vCPU's thread.
@@ -56,9 +57,13 @@ impl Lapic {
         lint0: Arc<AtomicBool>,
         ticks: TickConfig,
     ) -> Arc<Lapic> {
+        Self::build(queue, lint0, LapicRegs::new(id, ticks))
+    }
+
+    fn build(queue: &Arc<TimerQueue>, lint0: Arc<AtomicBool>, regs: LapicRegs) -> Arc<Lapic> {
         Arc::new_cyclic(|this: &Weak<Lapic>| Lapic {
-            state: Mutex::new(LapicState::new(id, ticks)),
-            events: AtomicU32::new(0),
+            events: AtomicU32::new(regs.events()),
+            state: Mutex::new(regs),
             due: AtomicU8::new(NOT_DUE),
             kick: OnceLock::new(),
             timer: queue.timer(this.clone() as Weak<dyn TimerHandler>),
@@ -71,12 +76,12 @@ impl Lapic {
     }
 
     /// Changes the state, then updates timer and events, then kicks if something became pending.
-    fn change<R>(&self, change: impl FnOnce(&mut LapicState) -> R) -> R {
+    fn change<R>(&self, change: impl FnOnce(&mut LapicRegs) -> R) -> R {
         self.change_timed(false, change)
     }
 
     /// Likewise; `expired`: the timer's deadline has passed, so that it is not set whatever it was.
-    fn change_timed<R>(&self, expired: bool, change: impl FnOnce(&mut LapicState) -> R) -> R {
+    fn change_timed<R>(&self, expired: bool, change: impl FnOnce(&mut LapicRegs) -> R) -> R {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let before = state.tick.deadline();
         let result = change(&mut state);
@@ -105,7 +110,7 @@ impl Lapic {
         }
     }
 
-    fn look<R>(&self, look: impl FnOnce(&LapicState) -> R) -> R {
+    fn look<R>(&self, look: impl FnOnce(&LapicRegs) -> R) -> R {
         look(&self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -141,19 +146,19 @@ impl Lapic {
     }
 
     pub(crate) fn take_nmi(&self) -> bool {
-        self.change(LapicState::take_nmi)
+        self.change(LapicRegs::take_nmi)
     }
 
     pub(crate) fn take_init(&self) -> bool {
-        self.change(LapicState::take_init)
+        self.change(LapicRegs::take_init)
     }
 
     pub(crate) fn take_startup(&self) -> Option<u8> {
-        self.change(LapicState::take_startup)
+        self.change(LapicRegs::take_startup)
     }
 
     pub(crate) fn cr8(&self) -> u8 {
-        self.look(LapicState::cr8)
+        self.look(LapicRegs::cr8)
     }
 
     pub(crate) fn set_cr8(&self, priority: u8) {
@@ -161,7 +166,7 @@ impl Lapic {
     }
 
     pub(crate) fn apic_base(&self) -> u64 {
-        self.look(LapicState::base)
+        self.look(LapicRegs::base)
     }
 
     pub(crate) fn set_apic_base(&self, value: u64) -> Result<(), MsrFault> {
@@ -169,7 +174,7 @@ impl Lapic {
     }
 
     pub(crate) fn read_deadline(&self) -> u64 {
-        self.look(LapicState::read_deadline)
+        self.look(LapicRegs::read_deadline)
     }
 
     pub(crate) fn write_deadline(&self, value: u64) {

@@ -1,6 +1,7 @@
 //! The pair of 8259A interrupt controllers of a PC, with the edge/level registers of the ISA bridge
 //! (Intel 8259A data sheet; 82371AB data sheet, 4.1.12). The master's INT output goes to LINT0 of vCPU 0.
 
+pub(crate) mod persist;
 #[cfg(test)]
 mod tests;
 
@@ -11,6 +12,9 @@ use wardian_irq::Delivery;
 
 /// The master's input to which the slave is wired.
 const CASCADE: u8 = 2;
+/// Inputs that can be level-triggered: IRQ 0, 1, 2, 8 and 13 are always edges.
+const ELCR_MASTER: u8 = 0xf8;
+const ELCR_SLAVE: u8 = 0xde;
 
 /// Where a chip is in its initialisation sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -323,9 +327,8 @@ impl Pic {
                     }
                 }
                 Port::Data { .. } => chip.write_data(value),
-                // IRQ 0, 1, 2, 8 and 13 are always edges.
                 Port::Elcr { .. } => {
-                    chip.elcr = value & if master { 0xf8 } else { 0xde };
+                    chip.elcr = value & if master { ELCR_MASTER } else { ELCR_SLAVE };
                     chip.irr = chip.irr & !chip.elcr | chip.lines & chip.elcr;
                 }
             }

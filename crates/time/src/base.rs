@@ -250,6 +250,12 @@ impl TimeBase {
         (line.saturating_sub(self.lag.load(Ordering::Acquire)), self.pulse.stops_at(raw))
     }
 
+    /// How that relates to the host's.
+    #[must_use]
+    pub fn tsc_mode(&self) -> TscMode {
+        self.mode
+    }
+
     /// Rate of the guest TSC in Hz.
     #[must_use]
     pub fn tsc_hz(&self) -> u64 {

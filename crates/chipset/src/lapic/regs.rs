@@ -38,6 +38,8 @@ pub(crate) mod reg {
 /// Version 14h, last LVT entry 5, EOI broadcast can be suppressed (bit 24).
 const VERSION: u32 = 0x0105_0014;
 const MASKED: u32 = 1 << 16;
+/// Vector, enable, focus checking (obsolete), EOI broadcast suppression.
+pub(super) const SVR_WRITABLE: u32 = 0x13ff;
 const SVR_ENABLE: u32 = 1 << 8;
 const SVR_NO_EOI_BROADCAST: u32 = 1 << 12;
 /// ESR bits (Intel SDM vol. 3A, 11.5.3).
@@ -45,21 +47,21 @@ const SEND_ILLEGAL_VECTOR: u32 = 1 << 5;
 const RECEIVE_ILLEGAL_VECTOR: u32 = 1 << 6;
 const ILLEGAL_REGISTER: u32 = 1 << 7;
 /// `IA32_APIC_BASE` bits.
-const BASE_BSP: u64 = 1 << 8;
-const BASE_X2APIC: u64 = 1 << 10;
-const BASE_ENABLE: u64 = 1 << 11;
-const BASE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub(super) const BASE_BSP: u64 = 1 << 8;
+pub(super) const BASE_X2APIC: u64 = 1 << 10;
+pub(super) const BASE_ENABLE: u64 = 1 << 11;
+pub(super) const BASE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Indexes of LVT entries.
 const TIMER: usize = 0;
 const LINT0: usize = (reg::LVT_LINT0 - reg::LVT_TIMER) as usize;
 const ERROR: usize = (reg::LVT_ERROR - reg::LVT_TIMER) as usize;
 /// Writable bits of each LVT entry: timer, thermal, performance, LINT0, LINT1, error.
-const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
+pub(super) const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
 /// Read-only bits (delivery status, remote IRR): a write of ones to them is ignored.
 const LVT_READ_ONLY: u32 = 1 << 12 | 1 << 14;
 
-/// What is pending, as bits of [`LapicState::events`].
+/// What is pending, as bits of [`LapicRegs::events`].
 pub(crate) mod event {
     pub(crate) const INTERRUPT: u32 = 1;
     pub(crate) const NMI: u32 = 2;
@@ -88,7 +90,7 @@ pub(crate) enum ApicMode {
 
 /// A set of vectors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Vectors([u32; 8]);
+pub(crate) struct Vectors(pub(super) [u32; 8]);
 
 impl Vectors {
     fn get(&self, vector: u8) -> bool {
@@ -119,47 +121,47 @@ impl Vectors {
 
 /// The state of one local APIC.
 #[derive(Clone, Debug)]
-pub(crate) struct LapicState {
-    id: u32,
-    base: u64,
-    tpr: u8,
+pub(crate) struct LapicRegs {
+    pub(super) id: u32,
+    pub(super) base: u64,
+    pub(super) tpr: u8,
     /// Logical ID of the xAPIC; an x2APIC derives its own.
-    ldr: u8,
-    dfr: u32,
-    svr: u32,
+    pub(super) ldr: u8,
+    pub(super) dfr: u32,
+    pub(super) svr: u32,
     pub(crate) isr: Vectors,
     pub(crate) irr: Vectors,
     pub(crate) tmr: Vectors,
     /// What the ESR shows, and the errors since it was last written.
-    esr: u32,
-    errors: u32,
-    icr: u64,
-    lvt: [u32; 6],
-    initial: u32,
-    divide: u8,
+    pub(super) esr: u32,
+    pub(super) errors: u32,
+    pub(super) icr: u64,
+    pub(super) lvt: [u32; 6],
+    pub(super) initial: u32,
+    pub(super) divide: u8,
     pub(crate) tick: Tick,
     /// `IA32_TSC_DEADLINE`; 0 when disarmed.
-    deadline: u64,
+    pub(super) deadline: u64,
     /// Guest TSC of the vCPU minus that of the time base.
-    tsc_adjust: u64,
+    pub(super) tsc_adjust: u64,
     /// Level of the LINT0 pin as last seen.
-    lint0: bool,
-    nmi: bool,
-    init: bool,
-    startup: Option<u8>,
-    wait_for_startup: bool,
+    pub(super) lint0: bool,
+    pub(super) nmi: bool,
+    pub(super) init: bool,
+    pub(super) startup: Option<u8>,
+    pub(super) wait_for_startup: bool,
 }
 
-impl LapicState {
+impl LapicRegs {
     /// The state after power-up (Intel SDM vol. 3A, 11.4.7.1; the ID is the vCPU's number), but with LINT0 of the bootstrap processor
     /// in ExtINT mode, as firmware leaves it (virtual wire mode).
-    pub(crate) fn new(id: u32, ticks: TickConfig) -> LapicState {
+    pub(crate) fn new(id: u32, ticks: TickConfig) -> LapicRegs {
         let bsp = id == 0;
         let mut lvt = [MASKED; 6];
         if bsp {
             lvt[LINT0] = 7 << 8;
         }
-        LapicState {
+        LapicRegs {
             id,
             base: LAPIC_BASE | BASE_ENABLE | if bsp { BASE_BSP } else { 0 },
             tpr: 0,
@@ -192,7 +194,7 @@ impl LapicState {
 
     /// Registers to their reset values; APIC base, pins, signals and the TSC stay.
     fn reset_registers(&mut self) {
-        *self = LapicState {
+        *self = LapicRegs {
             base: self.base,
             tsc_adjust: self.tsc_adjust,
             lint0: self.lint0,
@@ -200,7 +202,7 @@ impl LapicState {
             init: self.init,
             startup: self.startup,
             wait_for_startup: self.wait_for_startup,
-            ..LapicState::new(self.id, self.tick.config())
+            ..LapicRegs::new(self.id, self.tick.config())
         };
     }
 
@@ -406,11 +408,11 @@ impl LapicState {
 
     // ---- Timer ----
 
-    fn is_periodic(&self) -> bool {
+    pub(super) fn is_periodic(&self) -> bool {
         self.lvt[TIMER] >> 17 & 3 == 1
     }
 
-    fn is_tsc_deadline(&self) -> bool {
+    pub(super) fn is_tsc_deadline(&self) -> bool {
         self.lvt[TIMER] >> 17 & 3 == 2
     }
 
@@ -420,7 +422,7 @@ impl LapicState {
     }
 
     /// `count` timer ticks; the timer's input clock is 1 GHz, so that is exact.
-    fn span(&self, count: u32) -> Nanos {
+    pub(super) fn span(&self, count: u32) -> Nanos {
         Nanos(u64::from(count) << self.divide_shift())
     }
 
@@ -486,7 +488,7 @@ impl LapicState {
     }
 
     /// The vCPU's own guest TSC.
-    fn tsc(&self, base: &TimeBase) -> u64 {
+    pub(super) fn tsc(&self, base: &TimeBase) -> u64 {
         base.tsc().wrapping_add(self.tsc_adjust)
     }
 
@@ -577,7 +579,7 @@ impl LapicState {
             reg::DFR => self.dfr = value | 0x0fff_ffff,
             reg::SVR => {
                 let was = self.software_enabled();
-                self.svr = value & 0x13ff;
+                self.svr = value & SVR_WRITABLE;
                 if !self.software_enabled() {
                     self.lvt.iter_mut().for_each(|lvt| *lvt |= MASKED);
                 } else if !was {

@@ -232,8 +232,8 @@ pub(crate) fn refusal<T: Twin>(one: &T, change: impl FnOnce(&mut T::State)) -> S
     match T::restored(one, &state) {
         Ok(_) => "taken".to_owned(),
         Err(Refused { kind, why }) => {
-            assert_eq!(kind, T::State::KIND);
-            why.split(':').next().unwrap_or_default().to_owned()
+            let field = why.split(':').next().unwrap_or_default();
+            if kind == T::State::KIND { field.to_owned() } else { format!("{kind} {field}") }
         }
     }
 }
