@@ -239,7 +239,7 @@ impl Lapic {
 impl TimerHandler for Lapic {
     fn expired(&self, now: Nanos) {
         // The queue fires once per deadline: the timer is set again when the tick was offered.
-        let point = self.look(LapicState::next_tick).unwrap_or(now);
+        let point = self.look(LapicRegs::next_tick).unwrap_or(now);
         self.due.store(if self.slept_at(point) { DUE_ASLEEP } else { DUE }, Ordering::Release);
         self.kick_vcpu();
     }

@@ -12,7 +12,7 @@ use wardian_time::{RunState, Tick, TickConfig, TickState, TimeBase, TimerQueue, 
 use super::{A, A_UIP, ALARM, B, B_SET, B_UIE, C, D, PERIODIC, QUARTZ, Rtc, SECOND, State, UPDATE};
 use crate::edge_ticks::check_link;
 use crate::hpet::LegacyRouting;
-use crate::wire::Wire;
+use crate::wire::{Wire, lock};
 
 /// The clock of no machine is further off than this, in seconds: its registers end with the year 9999.
 const MAX_OFFSET: u64 = 1_000_000_000_000;
@@ -85,8 +85,7 @@ impl Rtc {
         let rtc = Rtc::build(queue, line, routing, registers);
         if let Some(port) = rtc.ticks.get() {
             port.set_link(state.link);
-            let handed = port.tells_taken() && state.link.due != Due::No;
-            rtc.change_quietly(|state, _| state.handed = handed);
+            lock(&rtc.state).handed = port.tells_taken() && state.link.due != Due::No;
         }
         rtc.change(|_, _, _| ());
         Ok(rtc)

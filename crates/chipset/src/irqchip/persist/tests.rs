@@ -2,7 +2,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
-use wardian_bus::Device;
 use wardian_irq::{Gsi, IrqChip, Kick, LocalInterrupts, MsiMessage};
 use wardian_state::{Record, Refused};
 use wardian_time::{
@@ -149,6 +148,7 @@ impl Twin for ChipTwin {
     }
 
     fn save(&self) -> Chips {
+        self.kicks.0.store(0, Ordering::Relaxed);
         Chips(self.chip.save())
     }
 
@@ -210,7 +210,7 @@ impl Twin for ChipTwin {
                 format!("{} {data:x?}", self.apic(cpu, random.below(0x40)))
             }
         };
-        format!("{seen} {}", self.kicks.0.load(Ordering::Relaxed))
+        format!("{seen} {}", self.kicks.0.swap(0, Ordering::Relaxed))
     }
 }
 
