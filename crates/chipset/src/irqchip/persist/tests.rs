@@ -88,7 +88,7 @@ impl ChipTwin {
     fn timer(&self, cpu: usize, random: &mut Random) {
         let mode = random.one_of(&[0, 1 << 17, 2 << 17, 3 << 17, 1 << 16]);
         match random.below(5) {
-            0 => self.set_apic(cpu, 0x32, mode | 0x40 + random.below(0x20) as u32),
+            0 => self.set_apic(cpu, 0x32, mode | (0x40 + random.below(0x20) as u32)),
             1 => self.set_apic(cpu, 0x38, random.one_of(&[0, 50, 40_000, 3_000_000])),
             2 => self.set_apic(cpu, 0x3e, random.below(12) as u32),
             3 => self.chip.set_tsc_adjust(cpu, random.one_of(&[0, 1000, u64::MAX - 5000])),
@@ -243,7 +243,7 @@ fn impossible_states_are_refused_by_name() {
     one.clock.run(Nanos(10_000));
     let refusal = |change: fn(&mut IrqChipState)| twin::refusal(&one, |state| change(&mut state.0));
     assert_eq!(refusal(|_| ()), "taken");
-    assert_eq!(refusal(|s| drop(s.lapics.pop())), "lapic there are 2, for 3 vCPUs");
+    assert_eq!(refusal(|s| s.lapics.truncate(2)), "lapic there are 2, for 3 vCPUs");
     assert_eq!(refusal(|s| s.lapics[1].saved_at_ns += 1), "lapic vCPU 1, saved_at_ns");
     assert_eq!(refusal(|s| s.lapics[1].apic_id = 2), "lapic vCPU 1, apic_id");
     assert_eq!(refusal(|s| s.lapics[1].apic_base |= 0x100), "lapic vCPU 1, apic_base");
