@@ -10,6 +10,9 @@ mod chart;
 mod counters;
 pub mod footprint;
 mod native;
+mod programs;
+mod progress;
+mod promise;
 mod report;
 pub mod steps;
 mod table;
@@ -20,7 +23,6 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
@@ -54,9 +56,6 @@ struct Boot {
     /// Write all figures to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Guest RAM.
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    memory: String,
     /// vCPUs (memory is measured with 2 all the same).
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
@@ -69,18 +68,8 @@ struct Boot {
     /// Do not measure memory.
     #[arg(long)]
     no_footprint: bool,
-    /// Use this program instead of building one.
-    #[arg(long, value_name = "PATH")]
-    wardian: Option<PathBuf>,
-    /// One more argument for `wardian run`; may be repeated.
-    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
-    wardian_arg: Vec<String>,
-    /// Machine type of QEMU.
-    #[arg(long, value_name = "TYPE", default_value = "q35")]
-    qemu_machine: String,
-    /// Seconds that one run may take.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    limit: u64,
+    #[command(flatten)]
+    options: vm::Options,
     /// Keep the console of each run in this folder.
     #[arg(long, value_name = "FOLDER")]
     logs: Option<PathBuf>,
@@ -174,7 +163,7 @@ struct Runs {
 impl<'a> Bench<'a> {
     fn prepare(args: &'a Boot, steps: &'a [&'a steps::Step], qemu: PathBuf) -> Result<Bench<'a>> {
         let guest = vm::guest()?;
-        let program = vm::wardian(args.wardian.as_deref())?;
+        let program = vm::wardian(args.options.wardian.as_deref())?;
         let version = version(&qemu)?;
         let (place, lock) = place(&guest.disk)?;
         if let Some(logs) = &args.logs {
@@ -183,9 +172,9 @@ impl<'a> Bench<'a> {
         Ok(Bench {
             args,
             steps,
-            qemu_version: format!("{version} (tcg, {}, -cpu max)", args.qemu_machine),
-            wardian: Vmm::Wardian { program, args: args.wardian_arg.clone() },
-            qemu: Vmm::Qemu { program: qemu, machine: args.qemu_machine.clone() },
+            qemu_version: format!("{version} (tcg, {}, -cpu max)", args.options.qemu_machine),
+            wardian: Vmm::Wardian { program, args: args.options.wardian_arg.clone() },
+            qemu: Vmm::Qemu { program: qemu, machine: args.options.qemu_machine.clone() },
             guest,
             place,
             _lock: lock,
@@ -221,7 +210,7 @@ impl<'a> Bench<'a> {
                 let names: Vec<&str> = self.steps.iter().map(|step| step.name).collect();
                 let ran = vm::run_command(
                     &mut native::command(&root, SCRIPT, &names, self.args.cpus),
-                    self.limit(),
+                    self.args.options.limit(),
                     false,
                 )?;
                 step.end();
@@ -255,7 +244,7 @@ impl<'a> Bench<'a> {
         Ok(Report {
             linux: self.guest.version.clone(),
             qemu: self.qemu_version.clone(),
-            memory: self.args.memory.clone(),
+            memory: self.args.options.memory.clone(),
             cpus: self.args.cpus,
             runs: self.args.runs,
             load: [load, self::load()],
@@ -273,10 +262,6 @@ impl<'a> Bench<'a> {
             .collect()
     }
 
-    fn limit(&self) -> Duration {
-        Duration::from_secs(self.args.limit)
-    }
-
     fn run(&self, told: &str, vmm: &Vmm, disk: &Path, cpus: u32, sample: bool) -> Result<(Ran, Measured)> {
         let names: Vec<&str> = self.steps.iter().map(|step| step.name).collect();
         let machine = Machine {
@@ -288,11 +273,11 @@ impl<'a> Bench<'a> {
                 self.guest.cmdline,
                 vm::run_parameter(&format!("exec bash {SCRIPT} {}", names.join(" ")))
             ),
-            memory: self.args.memory.clone(),
+            memory: self.args.options.memory.clone(),
             cpus,
         };
         let step = Step::begin(told);
-        let ran = vm::run(vmm, &machine, self.limit(), sample)?;
+        let ran = vm::run(vmm, &machine, self.args.options.limit(), sample)?;
         step.end();
         let measured = self.measured(told, &ran)?;
         Ok((ran, measured))

@@ -146,6 +146,20 @@ fn ratio(over: Option<f64>, under: Option<f64>) -> String {
     ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"))
 }
 
+/// The table of memory, if it was measured.
+pub fn peaks(f: &mut fmt::Formatter<'_>, footprint: &BTreeMap<&'static str, Peak>) -> fmt::Result {
+    if footprint.is_empty() {
+        return Ok(());
+    }
+    writeln!(f, "\nPeak memory beside guest RAM with {MEMORY_CPUS} vCPUs, MiB")?;
+    writeln!(f, "{:9}{:>9}{:>9}{:>13}{:>12}", "", "PSS", "RSS", "page tables", "guest RAM")?;
+    for (machine, Peak { memory, .. }) in footprint {
+        let [pss, rss, tables, guest] = [memory.pss, memory.rss, memory.page_tables, memory.guest].map(mib);
+        writeln!(f, "{machine:9}{pss:>9.1}{rss:>9.1}{tables:>13.1}{guest:>12.1}")?;
+    }
+    Ok(())
+}
+
 impl Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plural = if self.cpus == 1 { "" } else { "s" };
@@ -197,15 +211,7 @@ impl Display for Report {
                 )?;
             }
         }
-        if !self.footprint.is_empty() {
-            writeln!(f, "\nPeak memory beside guest RAM with {MEMORY_CPUS} vCPUs, MiB")?;
-            writeln!(f, "{:9}{:>9}{:>9}{:>13}{:>12}", "", "PSS", "RSS", "page tables", "guest RAM")?;
-            for (machine, Peak { memory, .. }) in &self.footprint {
-                let [pss, rss, tables, guest] =
-                    [memory.pss, memory.rss, memory.page_tables, memory.guest].map(mib);
-                writeln!(f, "{machine:9}{pss:>9.1}{rss:>9.1}{tables:>13.1}{guest:>12.1}")?;
-            }
-        }
+        peaks(f, &self.footprint)?;
         writeln!(f)?;
         for floor in &self.floors {
             let kept = if floor.kept { "kept" } else { "MISSED" };

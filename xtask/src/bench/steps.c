@@ -163,7 +163,7 @@ static void clocks(long count) {
     printf("%ld\n", back);
 }
 
-static void blocks(long count, const char *file, int writes) { /* 4 KiB anywhere in 64 MiB, by direct I/O */
+static void blocks(long count, const char *file, int writes) { /* 4 KiB anywhere in 256 MiB, by direct I/O */
     int fd = open(file, O_RDWR | O_DIRECT);
     need(fd >= 0, file);
     char *at = aligned_alloc(4096, 4096);
@@ -172,7 +172,7 @@ static void blocks(long count, const char *file, int writes) { /* 4 KiB anywhere
     unsigned seed = 12345;
     for (long i = 0; i < count; i++) {
         seed = seed * 1664525u + 1013904223u;
-        off_t place = (off_t)(seed >> 8) % 16384 * 4096;
+        off_t place = (off_t)(seed >> 8) % 65536 * 4096;
         need((writes ? pwrite(fd, at, 4096, place) : pread(fd, at, 4096, place)) == 4096, "block");
     }
     need(!writes || fdatasync(fd) == 0, "fdatasync");

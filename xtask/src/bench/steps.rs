@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::vm::{Line, MARKER};
 
@@ -23,6 +23,8 @@ pub struct Step {
     pub class: Option<&'static str>,
     /// vCPUs in the whole bench.
     pub cpus: u32,
+    /// How often over in the whole bench.
+    pub times: u32,
     /// What it does, in a few words.
     pub what: &'static str,
 }
@@ -38,8 +40,11 @@ pub fn all() -> Vec<Step> {
             Some(Step {
                 name,
                 gate: words().any(|word| word == "gate"),
-                class: words().find(|word| !matches!(*word, "gate" | "2")),
+                class: words().find(|word| {
+                    !word.is_empty() && *word != "gate" && word.bytes().all(|b| b.is_ascii_lowercase())
+                }),
                 cpus: if words().any(|word| word == "2") { 2 } else { 1 },
+                times: words().filter_map(|word| word.strip_prefix('x')?.parse().ok()).next().unwrap_or(1),
                 what,
             })
         })
@@ -47,7 +52,7 @@ pub fn all() -> Vec<Step> {
 }
 
 /// How long something took in one run, in seconds.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Times {
     /// By the host's clock, from marker to marker on the console.
     pub host: f64,
@@ -58,7 +63,7 @@ pub struct Times {
 }
 
 /// One run, measured.
-#[derive(Default, Debug)]
+#[derive(Clone, Default, Debug, Serialize, Deserialize)]
 pub struct Measured {
     /// From the start of the process to the init script; `guest` is the guest's uptime then.
     pub boot: Option<Times>,
@@ -123,7 +128,10 @@ mod tests {
         assert!(steps.iter().all(|step| !step.what.is_empty()));
         assert!(steps.iter().all(|step| step.gate || step.class.is_some()));
         let two: Vec<&str> = steps.iter().filter(|step| step.cpus == 2).map(|step| step.name).collect();
-        assert_eq!(two, ["futex", "pair"]);
+        assert_eq!(two, ["futex", "pair", "build"]);
+        let perl = steps.iter().find(|step| step.name == "perl").expect("there is a row perl");
+        assert_eq!((perl.gate, perl.class, perl.times), (true, Some("user"), 3));
+        assert_eq!(steps.iter().find(|step| step.name == "7z").map(|step| step.class), Some(Some("user")));
         let functions = SCRIPT.lines().filter(|line| line.starts_with("step_")).count();
         assert_eq!(steps.len(), functions, "a step without a description");
     }

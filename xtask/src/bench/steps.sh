@@ -1,6 +1,7 @@
 #!/bin/bash
 # The steps of `cargo xtask bench`, in the order of the functions below: bash steps.sh NAME...
-# Before the colon: `gate` for those of `bench boot`; a class for those of the whole bench; `2` for 2 vCPUs.
+# Before the colon: `gate` for those of `bench boot`; a class for those of the whole bench; `x3`: three times over
+# there; `2`: with 2 vCPUs. A name may be followed by `:` and a number of times.
 # Runs in a guest or, for comparison, in a chroot of the same root. Each step prints what it computed, and
 # nothing that differs between machines: the host compares the sums. Its own clock goes out with the markers.
 mkdir -p /tmp/bench /root/bench
@@ -101,14 +102,14 @@ step_python3() { # gate: python3: start, dictionaries, sorting, JSON, regex, flo
 step_gcc() { # gate user: gcc -O2 of a small program, and a run of it
     gcc -O2 -o program program.c -lm && ./program
 }
-step_start() { # gate kernel: ten python3 starts
+step_start() { # gate kernel x2: ten python3 starts
     for i in 1 2 3 4 5 6 7 8 9 10; do python3 -c "print($i)"; done
 }
 step_openssl() { # gate: openssl: SHA-256 of 20 MB, AES-256-CTR of 20 MB
     openssl dgst -sha256 -r large
     openssl enc -aes-256-ctr -K 00 -iv 00 -in large 2> /dev/null | cksum
 }
-step_sqlite() { # gate user: sqlite3: 50,000 inserts, an index, queries
+step_sqlite() { # gate user x4: sqlite3: 50,000 inserts, an index, queries
     rm -f base.db
     sqlite3 base.db "CREATE TABLE t(a INTEGER, b TEXT); BEGIN;
         WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50000)
@@ -116,13 +117,13 @@ step_sqlite() { # gate user: sqlite3: 50,000 inserts, an index, queries
         SELECT count(*), sum(a), max(b) FROM t WHERE a BETWEEN 100 AND 9000;
         SELECT sum(length(b)) FROM t WHERE b LIKE '%9%';"
 }
-step_perl() { # gate user: perl: regular expressions over 12,000 lines
+step_perl() { # gate user x3: perl: regular expressions over 12,000 lines
     perl regex.pl
 }
 step_node() { # gate user: node: start and JIT-compiled loops
     node loop.js
 }
-step_xz() { # gate user: xz -3 of 0.7 MB and back
+step_xz() { # gate user x4: xz -3 of 0.7 MB and back
     xz -3 -T1 -c part > part.xz && xz -dc part.xz | cksum && cksum < part.xz
 }
 step_fork() { # gate: 300 times fork, exec and wait
@@ -133,7 +134,7 @@ step_fork() { # gate: 300 times fork, exec and wait
     done
     echo $i
 }
-step_shell() { # gate user: dash: 200,000 turns of a loop
+step_shell() { # gate user x2: dash: 200,000 turns of a loop
     sh -c 'i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done; echo $i'
 }
 step_syscall() { # gate: dd: 300,000 system calls
@@ -149,79 +150,91 @@ step_disk() { # gate: root disk: 64 MB written and flushed, then read by direct 
     rm -f /root/bench/disk
 }
 
-# The rest is of the whole bench alone; /root/steps is steps.c, compiled, /root/key an RSA key.
-step_dict() { # user: python3: a loop over a dictionary
+# The rest is of the whole bench alone; /root/steps is steps.c, compiled, /root/key an RSA key, /root/7zz of 7-Zip.
+step_dict() { # user: python3: 800,000 turns of a loop over a dictionary
     python3 -c 'd = {}
-for i in range(400000):
+for i in range(800000):
     k = i * 7919 % 5003
     d[k] = d.get(k, 0) + i
 print(len(d), sum(d.values()))'
 }
-step_sha256() { # user: openssl: SHA-256 of 60 MB
-    cat large large large | openssl dgst -sha256 -r
+step_sha256() { # user: openssl: SHA-256 of 240 MB
+    for i in 1 2 3 4 5 6 7 8 9 10 11 12; do cat large; done | openssl dgst -sha256 -r
 }
-step_rsa() { # user: openssl: check of an RSA key of 2048 bits, a signature
+step_rsa() { # user x5: openssl: check of an RSA key of 2048 bits, a signature
     openssl rsa -in /root/key -check -noout && openssl dgst -sha256 -sign /root/key part | cksum
 }
-step_copy() { # user: memcpy, 40 times 16 MiB
-    /root/steps copy 40
+step_7z() { # user x2: 7-Zip: LZMA2 of 2 MB and back
+    /root/7zz a -txz -mx=3 -mmt=1 -si -so x < data > data.xz 2> /dev/null && cksum < data.xz &&
+        /root/7zz e -txz -mmt=1 -si -so < data.xz 2> /dev/null | cksum
 }
-step_matrix() { # float: 8 SSE2 products of 256 by 256 doubles
-    /root/steps matrix 8
+step_copy() { # user: memcpy, 400 times 16 MiB
+    /root/steps copy 400
 }
-step_nbody() { # float: n-body, a million steps
-    /root/steps nbody 1000000
+step_matrix() { # float: 60 SSE2 products of 256 by 256 doubles
+    /root/steps matrix 60
 }
-step_getppid() { # kernel: a million getppid
-    /root/steps getppid 1000000
+step_nbody() { # float: n-body, four million steps
+    /root/steps nbody 4000000
 }
-step_forkwait() { # kernel: 1000 times fork and wait
-    /root/steps forkwait 1000
+step_getppid() { # kernel: three million getppid
+    /root/steps getppid 3000000
+}
+step_forkwait() { # kernel: 4000 times fork and wait
+    /root/steps forkwait 4000
 }
 step_exec() { # kernel: 500 times /bin/true
     /root/steps exec 500
 }
-step_pingpong() { # kernel: 20,000 times there and back by pipes
-    /root/steps pingpong 20000
+step_pingpong() { # kernel: 50,000 times there and back by pipes
+    /root/steps pingpong 50000
 }
-step_fault() { # kernel: 80,000 page faults (mmap, touch, munmap)
-    /root/steps fault 20
+step_fault() { # kernel: 160,000 page faults (mmap, touch, munmap)
+    /root/steps fault 40
 }
-step_clock() { # kernel: a million clock_gettime
-    /root/steps clock 1000000
+step_clock() { # system: ten million clock_gettime
+    /root/steps clock 10000000
 }
-step_futex() { # kernel 2: 10,000 times there and back between two threads by futex
-    /root/steps futex 10000
+step_futex() { # system 2: 20,000 times there and back between two threads by futex
+    /root/steps futex 20000
 }
-step_pair() { # float 2: two n-body jobs of a million steps at once
-    /root/steps nbody 1000000 > second &
-    /root/steps nbody 1000000
+step_pair() { # float 2: two n-body jobs of four million steps at once
+    /root/steps nbody 4000000 > second &
+    /root/steps nbody 4000000
     wait $! && cat second
 }
-step_write() { # disk: 64 MiB written in order and flushed
-    dd if=/dev/zero of=/root/bench/disk bs=1M count=64 conv=fdatasync 2> /dev/null && echo written
+step_build() { # user 2: two compilations as in gcc at once
+    gcc -O2 -o program2 program.c -lm > second 2>&1 && ./program2 >> second &
+    gcc -O2 -o program program.c -lm && ./program
+    wait $! && cat second
 }
-step_read() { # disk: 64 MiB read in order by direct I/O
+step_write() { # disk: 256 MiB written in order and flushed
+    dd if=/dev/zero of=/root/bench/disk bs=1M count=256 conv=fdatasync 2> /dev/null && echo written
+}
+step_read() { # disk x4: 256 MiB read in order by direct I/O
     dd if=/root/bench/disk of=/dev/null bs=256k iflag=direct 2> /dev/null && echo read
 }
-step_randread() { # disk: 4000 times 4 KiB read anywhere by direct I/O
-    /root/steps randread 4000 /root/bench/disk
+step_randread() { # disk: 20,000 times 4 KiB read anywhere by direct I/O
+    /root/steps randread 20000 /root/bench/disk
 }
-step_randwrite() { # disk: 4000 times 4 KiB written anywhere by direct I/O, flushed
-    /root/steps randwrite 4000 /root/bench/disk
+step_randwrite() { # disk: 10,000 times 4 KiB written anywhere by direct I/O, flushed
+    /root/steps randwrite 10000 /root/bench/disk
 }
 
 prepare
 # What the disk's steps use, whichever of them are asked for.
 case " $* " in
-    *" read "* | *" rand"*)
-        dd if=/dev/zero of=/root/bench/disk bs=1M count=64 conv=fdatasync 2> /dev/null
+    *" read"* | *" rand"*)
+        dd if=/dev/zero of=/root/bench/disk bs=1M count=256 conv=fdatasync 2> /dev/null
         ;;
 esac
-for name in "$@"; do
+for word in "$@"; do
+    name=${word%:*} status=0 times=1
+    [ "$name" = "$word" ] || times=${word#*:}
     echo "WARDIAN-BEGIN $name $EPOCHREALTIME"
-    "step_$name" > out 2>&1
-    status=$?
+    for ((turn = 0; turn < times && status == 0; turn++)); do
+        "step_$name" || status=$?
+    done > out 2>&1
     echo "WARDIAN-END $name $EPOCHREALTIME $status"
     read -r sum rest < <(cksum < out)
     echo "WARDIAN-SUM $name $sum"

@@ -6,7 +6,9 @@ use std::fmt::{self, Display};
 use serde::Serialize;
 
 use super::counters::{self, Counters};
-use super::report::{Row, Series};
+use super::footprint::Peak;
+use super::promise::{PAIRS, Promise, scaling};
+use super::report::{Row, Series, peaks};
 
 /// One row with its class.
 #[derive(Default, Serialize)]
@@ -29,7 +31,7 @@ pub struct Means {
 }
 
 /// Everything the whole bench tells.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 pub struct Table {
     pub linux: String,
     pub qemu: String,
@@ -40,6 +42,9 @@ pub struct Table {
     pub works: Vec<Work>,
     /// By class, and `all`.
     pub means: BTreeMap<String, Means>,
+    /// Beside guest RAM.
+    pub footprint: BTreeMap<&'static str, Peak>,
+    pub promises: Vec<Promise>,
     /// Runs and steps that failed, results that differ.
     pub faults: Vec<String>,
 }
@@ -65,6 +70,10 @@ impl Work {
     }
     pub fn ours_over_native(&self) -> Option<f64> {
         over(host(&self.row.wardian), host(&self.row.native))
+    }
+    /// Seconds that ours took.
+    pub fn ours(&self) -> Option<f64> {
+        host(&self.row.wardian)
     }
     pub fn qemu_over_native(&self) -> Option<f64> {
         over(host(&self.row.qemu), host(&self.row.native))
@@ -98,8 +107,9 @@ fn cell(value: Option<f64>, digits: usize) -> String {
 }
 
 /// Columns of the counters, each with the engine's name for it.
-const COLUMNS: [(&str, &str); 10] = [
+const COLUMNS: [(&str, &str); 11] = [
     ("translated", "translations"),
+    ("in it, us", "translation_us"),
     ("lookups", "lookups"),
     ("TLB miss", "tlb_misses"),
     ("TLB flush", "tlb_flushes"),
@@ -150,6 +160,16 @@ impl Display for Table {
                 cell(means.ours_over_native, 2)
             )?;
         }
+        for (two, one) in PAIRS {
+            let of = |series: fn(&Row) -> &Series| {
+                cell(scaling(&self.works, two, one, |work| host(series(&work.row))), 2)
+            };
+            let [native, qemu, ours] = [of(|row| &row.native), of(|row| &row.qemu), of(|row| &row.wardian)];
+            if ours != "-" {
+                writeln!(f, "{:20}{native:>9}{qemu:>9}{ours:>9}  {two} against {one}", "scaling, 2 vCPUs")?;
+            }
+        }
+        peaks(f, &self.footprint)?;
         if self.works.iter().any(|work| !work.counters.is_empty()) {
             write!(f, "\nCounters of our engine\n{:12}", "row")?;
             for (title, _) in COLUMNS {
@@ -164,6 +184,12 @@ impl Display for Table {
                 }
                 writeln!(f, "  {}", counters::exits(&work.counters))?;
             }
+        }
+        writeln!(f)?;
+        let (kept, missed): (Vec<_>, Vec<_>) = self.promises.iter().partition(|promise| promise.kept);
+        writeln!(f, "promises: {} kept, {} missed", kept.len(), missed.len())?;
+        for Promise { what, measured, promised, .. } in missed {
+            writeln!(f, "promise MISSED: {what}: {measured:.2}, promised {promised}")?;
         }
         for fault in &self.faults {
             writeln!(f, "fault: {fault}")?;

@@ -83,6 +83,32 @@ pub fn run_parameter(script: &str) -> String {
     text
 }
 
+/// What the machines of a bench are and how long they may take.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Guest RAM.
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: String,
+    /// Use this program instead of building one.
+    #[arg(long, value_name = "PATH")]
+    pub wardian: Option<PathBuf>,
+    /// One more argument for `wardian run`; may be repeated.
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    pub wardian_arg: Vec<String>,
+    /// Machine type of QEMU.
+    #[arg(long, value_name = "TYPE", default_value = "q35")]
+    pub qemu_machine: String,
+    /// Seconds that one run may take.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    limit: u64,
+}
+
+impl Options {
+    pub fn limit(&self) -> Duration {
+        Duration::from_secs(self.limit)
+    }
+}
+
 /// Which program runs the machine.
 pub enum Vmm {
     Wardian { program: PathBuf, args: Vec<String> },

@@ -4,7 +4,7 @@
 //! **Architecture Invariant:** what is in the cache is whole: every artifact is built beside its place and
 //! renamed into it. **Architecture Invariant:** no archive host is named here; apt's configuration is asked.
 
-mod archive;
+pub mod archive;
 mod initrd;
 mod kernel;
 mod root;
