@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::bench::vm::{self, Machine, Vmm};
-use crate::bench::{SCRIPT, steps};
+use crate::bench::{SCRIPT, programs, steps};
 use crate::run::{Step, need, output};
 
 #[derive(clap::Args)]
@@ -54,12 +54,9 @@ pub fn main(args: &Args) -> Result<()> {
 }
 
 fn profile(args: &Args, guest: &vm::Guest, program: PathBuf, place: &Path) -> Result<()> {
-    let [disk, script, data, stats] =
-        ["disk.img", "steps.sh", "perf.data", "stats.json"].map(|name| place.join(name));
-    fs::write(&script, steps::SCRIPT)?;
+    let [disk, data, stats] = ["disk.img", "perf.data", "stats.json"].map(|name| place.join(name));
     vm::copy_disk(&guest.disk, &disk)?;
-    let write = format!("write \"{}\" {SCRIPT}", script.display());
-    output(Command::new("debugfs").args(["-w", "-R", &write]).arg(&disk))?;
+    programs::fit(guest, &disk)?;
     let times = if args.step == BOOT { 0 } else { args.times };
     let step = vec![args.step.as_str(); times as usize].join(" ");
     let machine = Machine {

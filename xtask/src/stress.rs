@@ -3,6 +3,8 @@
 //! *Comes in*: the stock guest, our program. *Goes out*: a line for each boot and a summary on standard output,
 //! the consoles of failures in a folder, an exit status that tells whether there was none.
 
+mod mixed;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,6 +26,8 @@ pub struct Args {
 enum What {
     /// Boots with a short script, then powers off; the root disk stays from boot to boot.
     Boot(Boot),
+    /// All kinds of work in one machine for a long time; its memory must not grow.
+    Mixed(mixed::Mixed),
 }
 
 #[derive(clap::Args)]
@@ -80,17 +84,22 @@ const SAME: &str = "STRESS-SAME";
 const HOPELESS: u32 = 5;
 
 pub fn main(args: &Args) -> Result<()> {
-    let What::Boot(args) = &args.what;
+    match &args.what {
+        What::Boot(args) => boots(args),
+        What::Mixed(args) => mixed::main(args),
+    }
+}
+
+fn boots(args: &Boot) -> Result<()> {
     need(&[("e2fsck", "e2fsprogs")])?;
     let guest = vm::guest()?;
     let mut extra = vec!["--no-reboot".to_owned()];
     extra.extend(args.wardian_arg.iter().cloned());
     let vmm = Vmm::Wardian { program: vm::wardian(args.wardian.as_deref())?, args: extra };
-    let logs = args.logs.clone().unwrap_or_else(|| {
-        std::env::var_os("CARGO_TARGET_DIR")
-            .map_or_else(|| repository().join("target"), PathBuf::from)
-            .join("stress")
-    });
+    let logs = match &args.logs {
+        Some(logs) => logs.clone(),
+        None => logs()?,
+    };
     fs::create_dir_all(&logs).with_context(|| format!("Cannot create {}", logs.display()))?;
     let place = guest.disk.with_file_name("stress");
     fs::create_dir_all(&place).with_context(|| format!("Cannot create {}", place.display()))?;
@@ -120,7 +129,7 @@ pub fn main(args: &Args) -> Result<()> {
         let mut fresh = true;
         let mut in_a_row = 0;
         for number in 1..=args.count {
-            let ran = vm::run(&vmm, &machine, Duration::from_secs(args.limit), false)?;
+            let ran = vm::run(&vmm, &machine, Duration::from_secs(args.limit), None)?;
             let mut faults = faults(&ran);
             if args.disk && !fresh && !ran.lines.iter().any(|line| line.text.contains(SAME)) {
                 faults.push("the files of the last boot are gone or differ".to_owned());
@@ -164,6 +173,14 @@ pub fn main(args: &Args) -> Result<()> {
     }
     println!("No failure");
     Ok(())
+}
+
+/// Where consoles go unless it is told.
+fn logs() -> Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let logs = target.map_or_else(|| repository().join("target"), PathBuf::from).join("stress");
+    fs::create_dir_all(&logs).with_context(|| format!("Cannot create {}", logs.display()))?;
+    Ok(logs)
 }
 
 #[derive(Default)]
@@ -274,7 +291,7 @@ mod tests {
             messages: String::new(),
             status: status.map(std::os::unix::process::ExitStatusExt::from_raw),
             took: Duration::ZERO,
-            peak: None,
+            samples: Vec::new(),
         };
         assert!(faults(&ran(&["WARDIAN-INIT 1.0", "WARDIAN-EXIT 0 2.0"], Some(0))).is_empty());
         assert_eq!(faults(&ran(&["WARDIAN-EXIT 9 2.0"], Some(0))), ["the script ended with 9"]);

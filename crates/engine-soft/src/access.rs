@@ -242,6 +242,9 @@ impl Core {
             return;
         }
         let may_write = t.writable && self.mem.code_marks(found.0) == 0;
+        if may_write && let Some(undo) = &mut self.undo {
+            undo.keep(found.1);
+        }
         self.mmu.fill(&mut self.ctx, view, linear, t, found, may_write);
         self.counters.tlb_misses += 1;
     }
@@ -290,6 +293,9 @@ impl Core {
     fn physical_write(&mut self, gpa: u64, data: &[u8]) {
         match self.mem.page(Gpa(gpa)) {
             Some((page, host)) => {
+                if let Some(undo) = &mut self.undo {
+                    undo.keep(host);
+                }
                 // SAFETY: as in `physical_read`.
                 unsafe {
                     std::ptr::copy_nonoverlapping(
@@ -470,6 +476,9 @@ impl Core {
                 self.note_watch(linear, size, write);
             }
             self.ctx.get_mut().ret = ret;
+            if code && let Some(undo) = &mut self.undo {
+                undo.keep(host);
+            }
             if code || self.watch_hit != 0 {
                 // (In a watched mode reads, too, have what must follow a commit.)
                 self.commit = Some(Commit {

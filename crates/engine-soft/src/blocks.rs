@@ -38,6 +38,8 @@ pub struct Block {
     pub last: u64,
     /// What that adds to RSP if it is an indirect jump, call or return.
     pub moved: i32,
+    /// Run again from the same state, it does the same.
+    pub repeatable: bool,
     pub dead: bool,
     next_in_page: u32,
 }
@@ -213,6 +215,7 @@ impl Blocks {
             end: 0,
             last: linear,
             moved: 0,
+            repeatable: false,
             dead: false,
             next_in_page: NONE,
         }

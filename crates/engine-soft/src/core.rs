@@ -126,6 +126,8 @@ pub struct Core {
     pub bases: Bases,
     /// Instructions of translated code that are run by a call.
     pub straight: Straight,
+    /// RAM pages as they were before a run that may be taken back.
+    pub undo: Option<Box<crate::vcpu::check::Undo>>,
     /// Linear ranges watched by a debugger or DR0-DR3: (start, length, on read, on write).
     pub watch: Vec<(u64, u64, bool, bool)>,
     /// A watched access happened in the current instruction: DR6 bits (B0-B3), or bit 63 for the debugger's.
@@ -152,6 +154,8 @@ pub struct Core {
 pub struct Counters {
     pub translations: u64,
     pub translated_instructions: u64,
+    /// Of the host, spent on them.
+    pub translation_ticks: u64,
     pub tlb_misses: u64,
     pub tlb_flushes: u64,
     pub page_invalidations: u64,
@@ -448,6 +452,7 @@ impl Core {
             view_mode: [Mode::default(); VIEWS],
             bases,
             straight: Straight::default(),
+            undo: None,
             watch: Vec::new(),
             watch_hit: 0,
             alone: false,

@@ -18,7 +18,7 @@ const YMM_HIGH: usize = 576;
 const HOST_MXCSR: u32 = 0x1f80;
 
 /// Takes the guest's x87 state and MXCSR from the image into the thread.
-fn load_x87(image: *const u8) {
+pub fn load_x87(image: *const u8) {
     // SAFETY: the image is a 64-byte aligned area of the context whose MXCSR was validated; the vector registers that
     // FXRSTOR writes are declared as clobbered.
     unsafe {
@@ -31,7 +31,7 @@ fn load_x87(image: *const u8) {
 }
 
 /// Puts the thread's x87 state and MXCSR into the image (its XMM part becomes garbage).
-fn store_x87(image: *mut u8) {
+pub fn store_x87(image: *mut u8) {
     // SAFETY: the image is a 64-byte aligned area of 512 bytes and more in the context.
     unsafe { asm!("fxsave64 [{0}]", in(reg) image, options(nostack)) };
 }

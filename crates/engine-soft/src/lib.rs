@@ -49,6 +49,8 @@ use crate::core::Core;
 use crate::shared::Shared;
 use crate::translate::Translator;
 use crate::vcpu::SoftVcpu;
+#[doc(hidden)]
+pub use crate::vcpu::cold;
 
 /// Choices for the engine.
 #[derive(Clone, Debug, Default)]
@@ -62,6 +64,7 @@ pub struct SoftEngine {
     mem: GuestMemory,
     time: Arc<TimeBase>,
     cpus: usize,
+    check: bool,
     shared: Arc<Shared>,
 }
 
@@ -76,6 +79,31 @@ impl SoftEngine {
         time: Arc<TimeBase>,
         options: &Options,
     ) -> Result<Arc<SoftEngine>, EngineError> {
+        SoftEngine::build(mem, time, options, false)
+    }
+
+    /// An engine that compares every superblock with its instructions one by one, and stops at a difference. It is slow,
+    /// and for 1 vCPU.
+    ///
+    /// # Errors
+    /// As [`SoftEngine::new`], and with more vCPUs.
+    pub fn checking(
+        mem: GuestMemory,
+        time: Arc<TimeBase>,
+        options: &Options,
+    ) -> Result<Arc<SoftEngine>, EngineError> {
+        if options.cpus > 1 {
+            return Err(EngineError::Host("superblocks can be checked with 1 vCPU only".into()));
+        }
+        SoftEngine::build(mem, time, options, true)
+    }
+
+    fn build(
+        mem: GuestMemory,
+        time: Arc<TimeBase>,
+        options: &Options,
+        check: bool,
+    ) -> Result<Arc<SoftEngine>, EngineError> {
         if !std::arch::is_x86_feature_detected!("bmi2") || !std::arch::is_x86_feature_detected!("avx2") {
             return Err(EngineError::Host("the processor has no AVX2 and BMI2".into()));
         }
@@ -84,7 +112,7 @@ impl SoftEngine {
             return Err(EngineError::Host("this guest memory already has an engine".into()));
         }
         signals::install();
-        Ok(Arc::new(SoftEngine { mem, time, cpus: options.cpus.max(1), shared }))
+        Ok(Arc::new(SoftEngine { mem, time, cpus: options.cpus.max(1), check, shared }))
     }
 
     /// What this engine can carry, for [`CpuModel::host`].
@@ -105,6 +133,17 @@ impl Engine for SoftEngine {
         model: &Arc<CpuModel>,
         interrupts: Arc<dyn LocalInterrupts>,
     ) -> Result<Box<dyn Vcpu>, EngineError> {
+        Ok(Box::new(self.vcpu(index, model, interrupts)?))
+    }
+}
+
+impl SoftEngine {
+    fn vcpu(
+        &self,
+        index: usize,
+        model: &Arc<CpuModel>,
+        interrupts: Arc<dyn LocalInterrupts>,
+    ) -> Result<SoftVcpu, EngineError> {
         let translator = Box::new(Translator::new((self.mem.size() / 4096) as usize)?);
         let miss = translator.code.exec(translator.thunks.leave[ctx::Leave::Lookup as usize]);
         let mailbox = self.shared.join();
@@ -128,6 +167,9 @@ impl Engine for SoftEngine {
             reset.activity = Activity::WaitForSipi;
         }
         vcpu.set_state(&reset)?;
-        Ok(Box::new(vcpu))
+        if self.check {
+            vcpu.check_blocks();
+        }
+        Ok(vcpu)
     }
 }

@@ -115,6 +115,8 @@ pub struct Translator {
     table: CodeTable,
     /// Blocks take their instructions from the budget. To be changed only when there are none.
     pub counting: bool,
+    /// Blocks leave for whatever translated code does not run itself. Likewise.
+    pub plain: bool,
     hot: u32,
     cold: u32,
 }
@@ -156,6 +158,7 @@ impl Translator {
             blocks: Blocks::new(ram_pages),
             table: CodeTable::new(),
             counting: false,
+            plain: false,
             hot: thunks.end,
             cold: COLD_START,
         })
@@ -451,7 +454,7 @@ impl Translator {
             left: 0,
             id: self.blocks.all.len() as BlockId,
             moved: 0,
-            straight: (!self.counting).then_some(&mut core.straight),
+            straight: (!self.counting && !self.plain).then_some(&mut core.straight),
         };
         // Landing: is this the address that the jump wanted?
         block.landing = e.c.pos();
@@ -514,6 +517,7 @@ impl Translator {
         }
         block.end = e.c.pos();
         block.moved = e.moved;
+        block.repeatable = ops.iter().all(|op| repeatable(op.insn.mnemonic()));
         block.last = ops.last().map_or(linear, |op| mode.linear(op.insn.ip()));
         // Cold stubs.
         let cold_at = (self.cold + 15) & !15;
@@ -537,6 +541,11 @@ impl Translator {
         self.blocks.marks[0].extend(marks);
         self.blocks.marks[1].extend(cold_marks);
     }
+}
+
+/// Whether an instruction does the same whenever it is run.
+fn repeatable(mnemonic: M) -> bool {
+    !matches!(mnemonic, M::Rdtsc | M::Rdtscp | M::Rdrand | M::Rdseed | M::Rdpid | M::Rdpmc)
 }
 
 /// Writes `jmp target` at `at`.

@@ -1,5 +1,8 @@
 //! [`SoftVcpu`]: the run loop. Enter translated code, see why it left, do what it asks, enter again.
 
+pub mod check;
+pub mod cold;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -11,7 +14,7 @@ use wardian_cpu::{
 };
 use wardian_irq::{Kick, LocalInterrupts};
 use wardian_memory::GuestMemory;
-use wardian_time::{Nanos, RunDelay, TimeBase};
+use wardian_time::{Nanos, RunDelay, TimeBase, host_ticks, ticks_to_nanos};
 
 use crate::bases;
 use crate::blocks::{BlockId, FLOATING};
@@ -54,6 +57,8 @@ pub struct SoftVcpu {
     /// Taken from the local APIC by the engine that ran this vCPU before, and not delivered: an interrupt, an NMI.
     interrupt_owed: Option<u8>,
     nmi_owed: bool,
+    /// Each block is compared with its instructions one by one.
+    check: Option<Box<check::Check>>,
     table: CodeTable,
     /// The instruction interpreted last may have loaded SS.
     loads_ss: bool,
@@ -86,6 +91,7 @@ impl SoftVcpu {
             on_taken: None,
             interrupt_owed: None,
             nmi_owed: false,
+            check: None,
             table: CodeTable::new(),
             loads_ss: false,
             delay: None,
@@ -146,6 +152,9 @@ impl SoftVcpu {
     fn forget_code(&mut self) {
         self.core.counters.cache_flushes += 1;
         self.translator.clear();
+        if let Some(check) = &mut self.check {
+            check.forget();
+        }
         self.core.straight.clear();
         self.core.mmu.drop_jumps(&mut self.core.ctx);
         self.core.bases.clear(&mut self.core.ctx);
@@ -274,7 +283,10 @@ impl SoftVcpu {
         if !self.translator.has_room() || !self.core.straight.has_room() || !self.core.bases.has_room() {
             self.forget_code();
         }
-        self.translator.translate(&mut self.core, linear, mode, &self.stops)
+        let begun = host_ticks();
+        let made = self.translator.translate(&mut self.core, linear, mode, &self.stops);
+        self.core.counters.translation_ticks += host_ticks().wrapping_sub(begun);
+        made
     }
 
     /// Collects the breakpoints; no translation may run into a new one.
@@ -327,8 +339,8 @@ impl SoftVcpu {
         }
     }
 
-    /// Decodes the instruction at RIP.
-    fn decode(&mut self) -> Result<Instruction> {
+    /// Decodes the instruction at RIP, whether the mode allows it or not.
+    fn decode_any(&mut self) -> Result<Instruction> {
         let linear = self.core.c().rip;
         let mut bytes = [0u8; 15];
         let first = (4096 - (linear & 0xfff) as usize).min(15);
@@ -347,6 +359,12 @@ impl SoftVcpu {
             // Too long is #GP, everything else #UD.
             return Err(Trap::ud());
         }
+        Ok(insn)
+    }
+
+    /// Decodes the instruction at RIP.
+    fn decode(&mut self) -> Result<Instruction> {
+        let insn = self.decode_any()?;
         let info = self.table.get(&insn);
         if insn.mnemonic() == iced_x86::Mnemonic::Wait && self.core.mode().wait_off() {
             return Err(Trap::nm());
@@ -538,6 +556,19 @@ impl SoftVcpu {
         loop {
             let tf = self.core.c().rflags & rflags::TF != 0;
             let single = self.core.mode().single();
+            if self.check.is_some() && !first {
+                match self.checked(id) {
+                    check::Checked::No => {
+                        // The mode was put back with the rest.
+                        id = match self.block() {
+                            Ok(id) => id,
+                            Err(trap) => return self.settle(Err(trap)),
+                        };
+                    }
+                    check::Checked::Done => return None,
+                    check::Checked::Differs => return Some(Exit::Interrupted),
+                }
+            }
             let block = &self.translator.blocks.all[id as usize];
             let at = if std::mem::take(&mut first) { block.body } else { block.head };
             let start = self.core.c().rip;
@@ -573,7 +604,7 @@ impl SoftVcpu {
                         let (floating, chainable) = (block.base != 0, block.chainable());
                         let view = self.core.mode().view();
                         let global = floating || self.core.fetch_page(rip).is_ok_and(|f| f.global);
-                        if chainable && self.stops.is_empty() {
+                        if chainable && self.stops.is_empty() && self.check.is_none() {
                             self.core.mmu.set_jump(
                                 &mut self.core.ctx,
                                 view,
@@ -585,6 +616,7 @@ impl SoftVcpu {
                     } else if flushes == self.core.counters.cache_flushes
                         && block.chainable()
                         && self.stops.is_empty()
+                        && self.check.is_none()
                     {
                         let (head, base) = (block.head, block.base);
                         if l == Leave::Chain as u32 {
@@ -695,6 +727,9 @@ impl Vcpu for SoftVcpu {
         fpu::leave(&mut self.core);
         signals::set_running(None);
         self.core.counters.exits += 1;
+        if let Some(what) = self.check.as_mut().and_then(|check| check.differs.take()) {
+            return Err(EngineError::Unsupported { vcpu: self.core.index, rip: self.core.c().rip, what });
+        }
         Ok(exit)
     }
 
@@ -773,6 +808,7 @@ impl Vcpu for SoftVcpu {
         let mut all = vec![
             ("translations", c.translations),
             ("translated_instructions", c.translated_instructions),
+            ("translation_us", ticks_to_nanos(c.translation_ticks).0 / 1000),
             ("code_bytes", u64::from(self.translator.used())),
             ("cache_flushes", c.cache_flushes),
             ("code_invalidations", c.code_invalidations),
@@ -789,6 +825,13 @@ impl Vcpu for SoftVcpu {
             ("nmis", c.nmis),
             ("exits", c.exits),
         ];
+        if let Some(check) = &self.check {
+            all.extend([
+                ("checked_runs", check.compared),
+                ("checked_taken_back", check.taken_back),
+                ("checked_disturbed", check.disturbed),
+            ]);
+        }
         all.extend(self.retired().map(|count| ("retired_instructions", count)));
         all.extend(self.core.straight.counts());
         all

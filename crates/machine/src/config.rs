@@ -189,6 +189,8 @@ pub enum EngineChoice {
     Kvm,
     /// Likewise, even where KVM is software itself and a stock kernel is not expected to work.
     KvmForced,
+    /// The software engine, comparing every superblock with its instructions one by one.
+    SoftCheck,
 }
 
 impl FromStr for EngineChoice {
@@ -200,11 +202,12 @@ impl FromStr for EngineChoice {
             "soft" => Ok(EngineChoice::Soft),
             "kvm" => Ok(EngineChoice::Kvm),
             "kvm-forced" => Ok(EngineChoice::KvmForced),
-            _ => Err(bad("engine", text, "give auto, soft, kvm or kvm-forced")),
+            "soft-check" => Ok(EngineChoice::SoftCheck),
+            _ => Err(bad("engine", text, "give auto, soft, kvm, kvm-forced or soft-check")),
         }
     }
 }
-by_text!(EngineChoice, "auto, soft, kvm or kvm-forced");
+by_text!(EngineChoice, "auto, soft, kvm, kvm-forced or soft-check");
 
 /// A disk of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]

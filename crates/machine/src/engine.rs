@@ -15,6 +15,7 @@ use crate::error::MachineError;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Chosen {
     Soft,
+    SoftCheck,
     Kvm,
 }
 
@@ -22,7 +23,7 @@ impl Chosen {
     /// As the engine calls itself.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Chosen::Soft => "soft",
+            Chosen::Soft | Chosen::SoftCheck => "soft",
             Chosen::Kvm => "kvm",
         }
     }
@@ -61,6 +62,10 @@ pub(crate) fn decide(plan: &Plan) -> Result<(Chosen, String), MachineError> {
     let refused = |why: String| Err(MachineError::Engine(EngineError::Host(why)));
     match plan.engine {
         EngineChoice::Soft => Ok((Chosen::Soft, "Engine soft, as asked for".into())),
+        EngineChoice::SoftCheck => {
+            let what = "Engine soft, every superblock compared with its single instructions: slow";
+            Ok((Chosen::SoftCheck, what.into()))
+        }
         EngineChoice::Kvm | EngineChoice::KvmForced => {
             if let Some(why) = soft_only(plan) {
                 return refused(format!("{why}, which KVM cannot: use --engine soft"));
@@ -100,10 +105,11 @@ pub(crate) struct EngineArgs<'a> {
 pub(crate) fn make(args: &EngineArgs<'_>) -> Result<(Arc<dyn Engine>, Arc<CpuModel>), MachineError> {
     let bad_model = |source| MachineError::Model { spec: args.cpu.to_owned(), source };
     match args.chosen {
-        Chosen::Soft => {
+        Chosen::Soft | Chosen::SoftCheck => {
             let model = CpuModel::host(args.cpu, &SoftEngine::offer(args.time)).map_err(bad_model)?;
             let options = Options { cpus: args.cpus };
-            let engine = SoftEngine::new(args.memory.clone(), Arc::clone(args.time), &options)?;
+            let make = if args.chosen == Chosen::Soft { SoftEngine::new } else { SoftEngine::checking };
+            let engine = make(args.memory.clone(), Arc::clone(args.time), &options)?;
             Ok((engine, Arc::new(model)))
         }
         Chosen::Kvm => {

@@ -10,10 +10,10 @@ mod chart;
 mod counters;
 pub mod footprint;
 mod native;
-mod programs;
+pub mod programs;
 mod progress;
 mod promise;
-mod report;
+pub mod report;
 pub mod steps;
 mod table;
 pub mod vm;
@@ -211,7 +211,7 @@ impl<'a> Bench<'a> {
                 let ran = vm::run_command(
                     &mut native::command(&root, SCRIPT, &names, self.args.cpus),
                     self.args.options.limit(),
-                    false,
+                    None,
                 )?;
                 step.end();
                 let measured = self.measured("native", &ran)?;
@@ -225,7 +225,7 @@ impl<'a> Bench<'a> {
                 let told = format!("{name}, memory");
                 let (ran, measured) = self.run(&told, vmm, disk, MEMORY_CPUS, true)?;
                 runs.check(&told, &ran, &measured);
-                footprint.extend(ran.peak.map(|peak| (name, peak)));
+                footprint.extend(ran.peak().map(|peak| (name, peak)));
             }
         }
         for file in [&ours, &qemus] {
@@ -277,7 +277,7 @@ impl<'a> Bench<'a> {
             cpus,
         };
         let step = Step::begin(told);
-        let ran = vm::run(vmm, &machine, self.args.options.limit(), sample)?;
+        let ran = vm::run(vmm, &machine, self.args.options.limit(), sample.then_some(vm::SAMPLE))?;
         step.end();
         let measured = self.measured(told, &ran)?;
         Ok((ran, measured))

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use super::footprint::{self, Peak};
+use super::footprint::{self, Memory, Peak};
 use crate::run::{Step, output, repository};
 
 /// A stock guest, as `cargo xtask guest debian --json` tells it.
@@ -182,8 +182,8 @@ pub struct Ran {
     pub status: Option<ExitStatus>,
     /// From start to end.
     pub took: Duration,
-    /// When sampled.
-    pub peak: Option<Peak>,
+    /// Memory beside guest RAM and since when, when sampled.
+    pub samples: Vec<(Duration, Memory)>,
 }
 
 impl Ran {
@@ -202,6 +202,13 @@ impl Ran {
         log
     }
 
+    /// The most of each, if memory was looked at.
+    pub fn peak(&self) -> Option<Peak> {
+        let mut peak = Peak::default();
+        self.samples.iter().for_each(|(_, now)| peak.take(*now));
+        (peak.samples > 0).then_some(peak)
+    }
+
     /// Fails unless the process ended by itself with 0.
     pub fn check(&self) -> Result<()> {
         if self.status.is_some_and(|status| status.success()) {
@@ -216,19 +223,22 @@ impl Ran {
 /// What marks the console lines that are measured.
 pub const MARKER: &str = "WARDIAN-";
 
-/// Runs `machine` until it ends or `limit` is over. `sample`: watch the process's memory all along.
+/// Every so often memory is looked at while a machine compiles.
+pub const SAMPLE: Duration = Duration::from_millis(100);
+
+/// Runs `machine` until it ends or `limit` is over. `sample`: how often to look at the process's memory.
 ///
 /// # Errors
 /// When the program cannot be started.
-pub fn run(vmm: &Vmm, machine: &Machine, limit: Duration, sample: bool) -> Result<Ran> {
-    run_command(&mut vmm.command(machine, sample), limit, sample)
+pub fn run(vmm: &Vmm, machine: &Machine, limit: Duration, sample: Option<Duration>) -> Result<Ran> {
+    run_command(&mut vmm.command(machine, sample.is_some()), limit, sample)
 }
 
 /// The same for any program whose standard output is the console.
 ///
 /// # Errors
 /// When the program cannot be started.
-pub fn run_command(command: &mut Command, limit: Duration, sample: bool) -> Result<Ran> {
+pub fn run_command(command: &mut Command, limit: Duration, sample: Option<Duration>) -> Result<Ran> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let began = Instant::now();
     let mut child =
@@ -243,15 +253,13 @@ pub fn run_command(command: &mut Command, limit: Duration, sample: bool) -> Resu
             String::from_utf8_lossy(&bytes).into_owned()
         });
         let (over, end) = mpsc::channel::<()>();
-        let peak = sample.then(|| {
+        let samples = sample.map(|every| {
             scope.spawn(move || {
-                let mut peak = Peak::default();
-                while matches!(end.recv_timeout(Duration::from_millis(100)), Err(RecvTimeoutError::Timeout)) {
-                    if let Some(now) = footprint::measure(pid) {
-                        peak.take(now);
-                    }
+                let mut samples = Vec::new();
+                while matches!(end.recv_timeout(every), Err(RecvTimeoutError::Timeout)) {
+                    samples.extend(footprint::measure(pid).map(|now| (began.elapsed(), now)));
                 }
-                peak
+                samples
             })
         });
         let status = wait(&mut child, began + limit);
@@ -262,7 +270,7 @@ pub fn run_command(command: &mut Command, limit: Duration, sample: bool) -> Resu
             messages: messages.join().unwrap_or_default(),
             status: status?,
             took,
-            peak: peak.and_then(|peak| peak.join().ok()),
+            samples: samples.and_then(|samples| samples.join().ok()).unwrap_or_default(),
         })
     })
 }

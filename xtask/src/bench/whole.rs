@@ -9,13 +9,12 @@ use anyhow::{Context, Result, bail};
 
 use super::counters::{self, Counters};
 use super::footprint::Peak;
-use super::programs::Programs;
 use super::progress::Progress;
 use super::report::{self, BOOT, MEMORY_CPUS};
 use super::steps::{self, Step};
 use super::table::{self, Table, Work};
 use super::vm::{self, Machine, Ran, Vmm};
-use super::{BOOT_WHAT, Runs, SCRIPT, chart, chosen, load, native, place, promise, version};
+use super::{BOOT_WHAT, Runs, SCRIPT, chart, chosen, load, native, place, programs, promise, version};
 use crate::run::{self, need, output, repository, which};
 
 #[derive(clap::Args)]
@@ -201,7 +200,7 @@ impl Bench<'_> {
         let step = run::Step::begin("Programs and disks");
         let [ours, qemus] = &self.disks;
         vm::copy_disk(&self.guest.disk, ours)?;
-        Programs::make(&self.place)?.fit(ours)?;
+        programs::fit(&self.guest, ours)?;
         vm::copy_disk(ours, qemus)?;
         if !self.args.no_native {
             // What a bench that was broken off left.
@@ -243,15 +242,15 @@ impl Bench<'_> {
             })
         };
         let limit = self.args.options.limit();
-        let qemu = one("QEMU", &|| vm::run(&self.qemu, &self.machine(qemus, cpus, &names), limit, false))?;
+        let qemu = one("QEMU", &|| vm::run(&self.qemu, &self.machine(qemus, cpus, &names), limit, None))?;
         let wardian =
-            one("ours", &|| vm::run(&self.wardian, &self.machine(ours, cpus, &names), limit, false))?;
+            one("ours", &|| vm::run(&self.wardian, &self.machine(ours, cpus, &names), limit, None))?;
         let native = if self.args.no_native || names.is_empty() {
             None
         } else {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             Some(one("native", &|| {
-                vm::run_command(&mut native::command(&self.root, SCRIPT, &names, cpus), limit, false)
+                vm::run_command(&mut native::command(&self.root, SCRIPT, &names, cpus), limit, None)
             })?)
         };
         runs.qemu.push(qemu);
@@ -281,7 +280,9 @@ impl Bench<'_> {
             let step = run::Step::begin(format!("{name}, memory"));
             let machine = self.machine(disk, MEMORY_CPUS, &["gcc".to_owned()]);
             peaks.extend(
-                vm::run(vmm, &machine, self.args.options.limit(), true)?.peak.map(|peak| (name, peak)),
+                vm::run(vmm, &machine, self.args.options.limit(), Some(vm::SAMPLE))?
+                    .peak()
+                    .map(|peak| (name, peak)),
             );
             step.end();
         }
@@ -297,7 +298,7 @@ impl Bench<'_> {
         let vmm = Vmm::Wardian { program: program.clone(), args };
         let mut counted = |cpus: u32, names: &[String]| -> Result<Counters> {
             let machine = self.machine(&self.disks[0], cpus, names);
-            let ran = vm::run(&vmm, &machine, self.args.options.limit(), false)?;
+            let ran = vm::run(&vmm, &machine, self.args.options.limit(), None)?;
             if let Err(error) = ran.check() {
                 faults.push(format!("ours, counters of {names:?}: {error:#}"));
                 return Ok(Counters::new());

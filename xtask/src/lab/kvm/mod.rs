@@ -121,7 +121,7 @@ pub fn main(args: &Args) -> Result<()> {
     }
     qemu.stderr(Stdio::inherit());
     let step = Step::begin(format!("The lab: {}", functions.join(", ")));
-    let ran = vm::run_command(&mut qemu, Duration::from_secs(60 * args.limit), false)?;
+    let ran = vm::run_command(&mut qemu, Duration::from_secs(60 * args.limit), None)?;
     step.end();
     let console = out.join("console.log");
     fs::write(&console, ran.log())?;
