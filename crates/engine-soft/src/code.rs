@@ -7,9 +7,9 @@ use std::ptr;
 use wardian_cpu::EngineError;
 
 /// Bytes for hot code.
-pub const COLD_START: u32 = 28 << 20;
+pub const COLD_START: u32 = 50 << 20;
 /// Bytes in all.
-pub const CODE_LEN: u32 = 72 << 20;
+pub const CODE_LEN: u32 = 128 << 20;
 /// Room that must be left in each part before a superblock is translated.
 pub const MARGIN: u32 = 64 << 10;
 
@@ -68,6 +68,18 @@ impl CodeMemory {
             // stores through another mapping of the same page once a jump was taken, and only this thread runs
             // the code.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.add(at as usize), bytes.len()) };
+        }
+    }
+
+    /// Writes the `len` bytes at `from` once more, at `at`.
+    pub fn repeat(&mut self, from: u32, len: u32, at: u32) {
+        let inside = |start: u32| start <= CODE_LEN && len <= CODE_LEN - start;
+        debug_assert!(inside(from) && inside(at));
+        if inside(from) && inside(at) {
+            // SAFETY: both ranges lie inside the writable mapping; see `put`.
+            unsafe {
+                ptr::copy(self.write.add(from as usize), self.write.add(at as usize), len as usize);
+            }
         }
     }
 

@@ -65,48 +65,49 @@ pub const fn scratch(index: usize) -> i32 {
 /// A cursor that writes host instructions.
 pub struct Cursor<'a> {
     code: &'a mut CodeMemory,
-    buf: [u8; 64],
-    len: usize,
     at: u32,
 }
 
 impl<'a> Cursor<'a> {
     /// A cursor at offset `at`.
     pub fn new(code: &'a mut CodeMemory, at: u32) -> Cursor<'a> {
-        Cursor { code, buf: [0; 64], len: 0, at }
+        Cursor { code, at }
     }
 
     /// Offset of the next byte.
     #[inline]
     pub fn pos(&self) -> u32 {
-        self.at + self.len as u32
+        self.at
     }
 
-    fn flush(&mut self) {
-        self.code.put(self.at, &self.buf[..self.len]);
-        self.at += self.len as u32;
-        self.len = 0;
-    }
-
-    /// Appends bytes (at most 16).
+    /// Appends bytes.
     #[inline]
     pub fn put(&mut self, bytes: &[u8]) {
-        if self.len + bytes.len() > 64 {
-            self.flush();
-        }
-        self.buf[self.len..self.len + bytes.len()].copy_from_slice(bytes);
-        self.len += bytes.len();
+        self.code.put(self.at, bytes);
+        self.at += bytes.len() as u32;
     }
 
-    /// Moves the cursor to `at`, writing what is buffered.
+    /// Appends the first `len` of `bytes`. (Copies all of them: a fixed number is faster, what is behind is written over.)
+    #[inline]
+    pub fn put_first<const N: usize>(&mut self, bytes: &[u8; N], len: usize) {
+        debug_assert!(len <= N);
+        self.code.put(self.at, bytes);
+        self.at += len as u32;
+    }
+
+    /// Appends the `len` bytes at `from` once more.
+    pub fn repeat(&mut self, from: u32, len: u32) {
+        self.code.repeat(from, len, self.at);
+        self.at += len;
+    }
+
+    /// Moves the cursor to `at`.
     pub fn seek(&mut self, at: u32) {
-        self.flush();
         self.at = at;
     }
 
-    /// The code memory, with everything written.
+    /// The code memory.
     pub fn memory(&mut self) -> &mut CodeMemory {
-        self.flush();
         self.code
     }
 

@@ -34,6 +34,8 @@ use crate::trap::Result;
 
 /// Most instructions in a superblock.
 pub const MAX_INSNS: usize = 64;
+/// Bytes that are looked at first.
+const GLIMPSE: usize = 128;
 /// Most instructions that are looked ahead for flags.
 const PEEK: usize = 8;
 const ALL_FLAGS: u32 =
@@ -119,12 +121,21 @@ pub struct Translator {
     pub plain: bool,
     hot: u32,
     cold: u32,
+    desk: Desk,
 }
 
-/// Linear memory bytes that a superblock is decoded from.
+/// Linear memory bytes that a superblock is decoded from, and how many they are.
 struct Source {
     bytes: [u8; 1024 + 16],
     len: usize,
+}
+
+/// What is needed for one translation at a time, kept for the next.
+#[derive(Default)]
+struct Desk {
+    source: Option<Box<Source>>,
+    ops: Vec<Op>,
+    cold: Vec<Cold>,
 }
 
 struct Emit<'a> {
@@ -132,7 +143,7 @@ struct Emit<'a> {
     mode: Mode,
     thunks: Thunks,
     loc: Loc,
-    cold: Vec<Cold>,
+    cold: &'a mut Vec<Cold>,
     marks: Vec<Mark>,
     cold_marks: Vec<Mark>,
     page_linear: u64,
@@ -161,6 +172,7 @@ impl Translator {
             plain: false,
             hot: thunks.end,
             cold: COLD_START,
+            desk: Desk::default(),
         })
     }
 
@@ -205,14 +217,36 @@ impl Translator {
     /// # Errors
     /// The fetch's page fault.
     pub fn translate(&mut self, core: &mut Core, linear: u64, mode: Mode, stops: &[u64]) -> Result<BlockId> {
+        let mut desk = std::mem::take(&mut self.desk);
+        let done = self.translate_on(&mut desk, core, linear, mode, stops);
+        self.desk = desk;
+        done
+    }
+
+    fn translate_on(
+        &mut self,
+        desk: &mut Desk,
+        core: &mut Core,
+        linear: u64,
+        mode: Mode,
+        stops: &[u64],
+    ) -> Result<BlockId> {
         let floating = bases::floats(mode, linear) && stops.is_empty();
+        let Desk { source, ops, cold } = desk;
+        let source: &mut Source = source.get_or_insert_with(|| Box::new(Source { bytes: [0; 1040], len: 0 }));
         loop {
             let fetch = core.fetch_page(linear)?;
             let offset = (linear & (PAGE_SIZE - 1)) as usize;
-            let mut source = Source { bytes: [0; 1040], len: (4096 - offset).min(1024) };
-            read_host(fetch.host + offset, &mut source.bytes[..source.len]);
-            let mut ops = Vec::with_capacity(24);
-            self.decode(&source, linear, mode, stops, &mut ops);
+            // Most blocks are short, and what lies behind them is not in the host's cache.
+            for most in [GLIMPSE, 1024] {
+                source.len = (4096 - offset).min(most);
+                read_host(fetch.host + offset, &mut source.bytes[..source.len]);
+                ops.clear();
+                self.decode(source, linear, mode, stops, ops);
+                if ops.last().is_some_and(|op| op.start + op.insn.len() + 15 <= source.len) {
+                    break;
+                }
+            }
             let mut second = None;
             if ops.is_empty() {
                 // The first instruction reaches into the next page.
@@ -220,13 +254,14 @@ impl Translator {
                 read_host(next.host, &mut source.bytes[source.len..source.len + 16]);
                 let first = source.len;
                 source.len += 16;
-                self.decode(&source, linear, mode, stops, &mut ops);
+                ops.clear();
+                self.decode(source, linear, mode, stops, ops);
                 ops.truncate(1);
                 second = Some((next, first));
             }
             if let Some(at) = (0..ops.len()).find(|at| {
                 let system = ops[*at].info.class == Class::System;
-                system && (self.counting || system::misplaced(&ops, *at))
+                system && (self.counting || system::misplaced(ops, *at))
             }) {
                 ops.truncate(at + 1);
                 let op = &mut ops[at];
@@ -234,7 +269,7 @@ impl Translator {
                 (op.reads, op.kills, op.modifies) = (ALL_FLAGS, 0, 0);
             }
             let used = ops.last().map_or(1, |op: &Op| op.start + op.insn.len());
-            let peeked = self.liveness(&mut ops, fetch.host, linear, mode, second.is_none());
+            let peeked = self.liveness(ops, fetch.host, linear, mode, second.is_none());
 
             // Mark first, then look whether somebody wrote in between.
             let on_first = second.map_or(used, |(_, first)| first.min(used));
@@ -249,14 +284,13 @@ impl Translator {
             {
                 core.mark_translated(next.page, next.host, 0..used - first);
             }
-            let mut again = [0u8; 1040];
-            read_host(fetch.host + offset, &mut again[..on_first]);
+            let mut unchanged = same_host(fetch.host + offset, &source.bytes[..on_first]);
             if let Some((next, first)) = second
                 && used > first
             {
-                read_host(next.host, &mut again[first..used]);
+                unchanged &= same_host(next.host, &source.bytes[first..used]);
             }
-            if again[..used] != source.bytes[..used] {
+            if !unchanged {
                 continue;
             }
 
@@ -274,7 +308,7 @@ impl Translator {
             }
             core.counters.translations += 1;
             core.counters.translated_instructions += ops.len() as u64;
-            self.emit(core, &mut block, &ops, &source, used);
+            self.emit(core, &mut block, ops, (&*source, used), cold);
             let crossing = second
                 .filter(|(_, first)| used > *first)
                 .map(|(next, first)| (next.page as u32, granule_mask(0, used - first)));
@@ -436,7 +470,15 @@ impl Translator {
         (live | pending, (offset + decoder.position()).max(offset + 1).min(4096))
     }
 
-    fn emit(&mut self, core: &mut Core, block: &mut Block, ops: &[Op], source: &Source, used: usize) {
+    /// Emits `block`, whose bytes are the first `used` of `source`; `cold`: an empty list.
+    fn emit(
+        &mut self,
+        core: &mut Core,
+        block: &mut Block,
+        ops: &[Op],
+        (source, used): (&Source, usize),
+        cold: &mut Vec<Cold>,
+    ) {
         let hot = (self.hot + 15) & !15;
         let mode = block.mode;
         let lookup = self.thunks.leave[Leave::Lookup as usize];
@@ -445,7 +487,7 @@ impl Translator {
             mode,
             thunks: self.thunks,
             loc: Loc::Slot,
-            cold: Vec::with_capacity(16),
+            cold,
             marks: Vec::new(),
             cold_marks: Vec::new(),
             page_linear: block.linear & !0xfff,
@@ -521,20 +563,18 @@ impl Translator {
         block.last = ops.last().map_or(linear, |op| mode.linear(op.insn.ip()));
         // Cold stubs.
         let cold_at = (self.cold + 15) & !15;
-        let cold = std::mem::take(&mut e.cold);
         e.c.seek(cold_at);
         block.attention = e.c.pos();
         e.c.memory().patch(attention_site, cold_at);
         e.leave(Leave::Attention, linear);
-        for item in cold {
+        // (Stubs may add others.)
+        let mut next = 0;
+        while let Some(item) = e.cold.get(next).copied() {
             e.cold_stub(item);
+            next += 1;
         }
-        // Those of edges that were emitted in stubs.
-        for item in std::mem::take(&mut e.cold) {
-            e.cold_stub(item);
-        }
+        e.cold.clear();
         let cold_end = e.c.pos();
-        e.c.seek(cold_end);
         let (marks, cold_marks) = (std::mem::take(&mut e.marks), std::mem::take(&mut e.cold_marks));
         self.hot = block.end;
         self.cold = cold_end;
@@ -565,6 +605,16 @@ fn read_host(host: usize, out: &mut [u8]) {
     // SAFETY: callers pass an address inside a RAM page and a length that stays in it; the guest may write
     // meanwhile, which is noticed by comparing again after marking.
     unsafe { std::ptr::copy_nonoverlapping(host as *const u8, out.as_mut_ptr(), out.len()) };
+}
+
+/// Whether guest RAM still holds `bytes`.
+fn same_host(host: usize, bytes: &[u8]) -> bool {
+    let mut again = [0u8; 64];
+    bytes.chunks(64).enumerate().all(|(n, chunk)| {
+        let again = &mut again[..chunk.len()];
+        read_host(host + n * 64, again);
+        again == chunk
+    })
 }
 
 /// Whether `unit` is switched off in `mode`.

@@ -404,10 +404,7 @@ impl Emit<'_> {
                 self.c.jmp(back);
                 if let Some((end, next, save)) = tail {
                     let at = self.c.pos();
-                    let bytes = self.c.memory().bytes(back, end - back).to_vec();
-                    for chunk in bytes.chunks(16) {
-                        self.c.put(chunk);
-                    }
+                    self.c.repeat(back, end - back);
                     let moved: Vec<Mark> = self
                         .marks
                         .iter()

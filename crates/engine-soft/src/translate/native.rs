@@ -291,7 +291,7 @@ impl Emit<'_> {
         source: &Source,
         high: bool,
     ) {
-        let mut out = [0u8; 24];
+        let mut out = [0u8; 16];
         let mut n = 0;
         let mut put = |b: u8| {
             out[n] = b;
@@ -395,7 +395,7 @@ impl Emit<'_> {
                 put(*t);
             }
         }
-        self.c.put(&out[..n]);
+        self.c.put_first(&out, n);
         let imm = &source.bytes[op.start + raw.imm..op.start + op.insn.len()];
         if !self.mode.code64()
             && let [selector] = imm
@@ -405,7 +405,10 @@ impl Emit<'_> {
             self.c.put(&[selector & 0x7f]);
             return;
         }
-        self.c.put(imm);
+        match source.bytes[op.start + raw.imm..].first_chunk::<8>() {
+            Some(eight) if imm.len() <= 8 => self.c.put_first(eight, imm.len()),
+            _ => self.c.put(imm),
+        }
     }
 }
 
