@@ -92,7 +92,7 @@ impl Blocks {
     pub fn new(ram_pages: usize) -> Blocks {
         Blocks {
             all: Vec::new(),
-            table: vec![NONE; 1 << 15],
+            table: vec![NONE; 1 << 17],
             pages: vec![NONE; ram_pages],
             crossing: Vec::new(),
             marks: Default::default(),

@@ -13,10 +13,15 @@ pub const CODE_LEN: u32 = 128 << 20;
 /// Room that must be left in each part before a superblock is translated.
 pub const MARGIN: u32 = 64 << 10;
 
+/// Bytes that get their host pages at once: one by one costs more.
+const CHUNK: u32 = 256 << 10;
+
 /// The double mapping of one vCPU's code.
 pub struct CodeMemory {
     write: *mut u8,
     exec: *const u8,
+    /// Up to where each part has its host pages.
+    ready: [u32; 2],
 }
 
 // SAFETY: the mappings belong to this value; only the owning vCPU's thread writes and executes them.
@@ -44,7 +49,23 @@ impl CodeMemory {
             if write == libc::MAP_FAILED || exec == libc::MAP_FAILED {
                 return Err(host("translated code cannot be mapped executable"));
             }
-            Ok(CodeMemory { write: write.cast(), exec: exec.cast() })
+            Ok(CodeMemory { write: write.cast(), exec: exec.cast(), ready: [0, COLD_START] })
+        }
+    }
+
+    /// A block will be written at `hot` and `cold`.
+    #[inline]
+    pub fn prepare(&mut self, hot: u32, cold: u32) {
+        for (part, at) in [hot, cold].into_iter().enumerate() {
+            while at + MARGIN / 4 > self.ready[part] && self.ready[part] + CHUNK <= CODE_LEN {
+                let from = self.ready[part] as usize;
+                // SAFETY: the range lies inside the writable mapping. (A host that cannot do it makes the pages one by
+                // one.)
+                unsafe {
+                    libc::madvise(self.write.add(from).cast(), CHUNK as usize, libc::MADV_POPULATE_WRITE);
+                }
+                self.ready[part] += CHUNK;
+            }
         }
     }
 

@@ -480,6 +480,7 @@ impl Translator {
         cold: &mut Vec<Cold>,
     ) {
         let hot = (self.hot + 15) & !15;
+        self.code.prepare(hot, self.cold);
         let mode = block.mode;
         let lookup = self.thunks.leave[Leave::Lookup as usize];
         let mut e = Emit {
