@@ -5,9 +5,12 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use std::sync::Mutex;
 use wardian_cpu::{Carrier, HostCpuid, Offer};
 use wardian_time::TimeBase;
+
+use crate::sys;
 
 /// The device.
 pub const DEVICE: &str = "/dev/kvm";
@@ -53,6 +56,8 @@ impl KvmError {
 pub struct KvmHost {
     pub(crate) kvm: Kvm,
     cpuid: HostCpuid,
+    /// A virtual machine that was made to ask it something, and serves as the first that is needed.
+    spare: Mutex<Option<VmFd>>,
 }
 
 /// The capabilities that the engine needs, by the names of the KVM API.
@@ -112,7 +117,33 @@ impl KvmHost {
         // The vendor and the signature of the processor itself.
         let own = HostCpuid::read();
         cpuid.push(((0, 0), own.get(0, 0)));
-        Ok(KvmHost { kvm, cpuid: HostCpuid::from_answers(cpuid) })
+        let host = KvmHost { kvm, cpuid: HostCpuid::from_answers(cpuid), spare: Mutex::new(None) };
+        let vm = host.create_vm()?;
+        // The host's kernel has measured its TSC with more patience than we have.
+        if let Some(khz) = sys::tsc_khz(&vm) {
+            wardian_time::state_host_hz(khz * 1000);
+        }
+        *host.spare() = Some(vm);
+        Ok(host)
+    }
+
+    fn spare(&self) -> std::sync::MutexGuard<'_, Option<VmFd>> {
+        self.spare.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// A virtual machine without anything.
+    pub(crate) fn create_vm(&self) -> Result<VmFd, KvmError> {
+        if let Some(vm) = self.spare().take() {
+            return Ok(vm);
+        }
+        self.kvm.create_vm().map_err(KvmError::call("to make a virtual machine"))
+    }
+
+    /// Whether the processor says that it has virtualization extensions (VT-x, SVM): a quick look, no proof.
+    #[must_use]
+    pub fn has_extensions() -> bool {
+        let own = HostCpuid::read();
+        own.get(1, 0)[2] >> 5 & 1 != 0 || own.get(0x8000_0001, 0)[2] >> 2 & 1 != 0
     }
 
     /// What CPUID can be for a guest here, for [`wardian_cpu::CpuModel::from_host`].

@@ -85,7 +85,7 @@ impl KvmEngine {
         }
         sys::install_kick_signal()
             .map_err(|source| KvmError::Call { what: "the signal that kicks vCPUs", source })?;
-        let vm = host.kvm.create_vm().map_err(KvmError::call("to make a virtual machine"))?;
+        let vm = host.create_vm()?;
         vm.set_identity_map_address(IDENTITY_MAP).map_err(KvmError::call("the place of its page tables"))?;
         vm.set_tss_address(TASK_STATE).map_err(KvmError::call("the place of its task state"))?;
         let reasons = KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN;

@@ -7,13 +7,14 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_interrupt, kvm_run,
-    kvm_run__bindgen_ty_1,
+    KVM_CAP_VM_TSC_CONTROL, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_interrupt,
+    kvm_run, kvm_run__bindgen_ty_1,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_iow_nr;
 
+vmm_sys_util::ioctl_io_nr!(KVM_GET_TSC_KHZ, KVMIO, 0xa3);
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
@@ -156,6 +157,16 @@ pub(crate) fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
     let arg = kvm_interrupt { irq: u32::from(vector) };
     // SAFETY: the kernel reads the struct.
     done(unsafe { ioctl_with_ref(vcpu, KVM_INTERRUPT(), &arg) })
+}
+
+/// Rate of the host's TSC as its kernel has it, if the kernel trusts it.
+pub(crate) fn tsc_khz(vm: &VmFd) -> Option<u64> {
+    if vm.check_extension_raw(KVM_CAP_VM_TSC_CONTROL.into()) <= 0 {
+        return None;
+    }
+    // SAFETY: the descriptor is a VM's; there is no argument.
+    let khz = unsafe { ioctl_with_val(vm, KVM_GET_TSC_KHZ(), 0) };
+    u64::try_from(khz).ok().filter(|khz| *khz > 0)
 }
 
 fn tsc_attribute(addr: u64) -> kvm_device_attr {

@@ -12,29 +12,32 @@ use crate::config::{EngineChoice, Plan};
 use crate::error::MachineError;
 
 /// An engine that is decided on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Chosen {
     Soft,
     SoftCheck,
-    Kvm,
+    Kvm(Arc<KvmHost>),
 }
 
 impl Chosen {
     /// As the engine calls itself.
-    pub(crate) fn name(self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             Chosen::Soft | Chosen::SoftCheck => "soft",
-            Chosen::Kvm => "kvm",
+            Chosen::Kvm(_) => "kvm",
         }
     }
 }
 
-/// What this host's KVM is good for: `Err` says why not for stock kernels at a processor's speed.
-pub(crate) fn hardware() -> Result<(), String> {
+/// KVM of this host, if it is good for stock kernels at a processor's speed, or why not.
+fn hardware() -> Result<Arc<KvmHost>, String> {
     let host = KvmHost::open().map_err(|error| error.to_string())?;
     match host.probe() {
         Err(error) => Err(error.to_string()),
-        Ok(probe) => probe.software().map_or(Ok(()), |why| Err(software(&why))),
+        Ok(probe) => match probe.software() {
+            Some(why) => Err(software(&why)),
+            None => Ok(Arc::new(host)),
+        },
     }
 }
 
@@ -70,21 +73,24 @@ pub(crate) fn decide(plan: &Plan) -> Result<(Chosen, String), MachineError> {
             if let Some(why) = soft_only(plan) {
                 return refused(format!("{why}, which KVM cannot: use --engine soft"));
             }
-            let tiny = plan.engine == EngineChoice::KvmForced || wardian_boot::is_multiboot(&plan.kernel);
-            match if tiny { Ok(()) } else { hardware() } {
-                Ok(()) => Ok((Chosen::Kvm, "Engine kvm, as asked for".into())),
-                Err(why) if KvmHost::open().is_err() => refused(why),
-                Err(why) => refused(format!(
+            let host = Arc::new(KvmHost::open().map_err(EngineError::from)?);
+            // Whoever names the engine and has a processor with the extensions need not wait for a probe.
+            let trusted = plan.engine == EngineChoice::KvmForced
+                || KvmHost::has_extensions()
+                || wardian_boot::is_multiboot(&plan.kernel);
+            if !trusted && let Err(why) = hardware() {
+                return refused(format!(
                     "{why}: a stock kernel is not expected to run there; use --engine soft, or kvm-forced to try"
-                )),
+                ));
             }
+            Ok((Chosen::Kvm(host), "Engine kvm, as asked for".into()))
         }
         EngineChoice::Auto => {
             if let Some(why) = soft_only(plan) {
                 return Ok((Chosen::Soft, format!("Engine soft: {why}")));
             }
             Ok(match hardware() {
-                Ok(()) => (Chosen::Kvm, "Engine kvm: this host has virtualization hardware".into()),
+                Ok(host) => (Chosen::Kvm(host), "Engine kvm: this host has virtualization hardware".into()),
                 Err(why) => (Chosen::Soft, format!("Engine soft: {why}")),
             })
         }
@@ -104,19 +110,18 @@ pub(crate) struct EngineArgs<'a> {
 /// The engine for a new machine and the processor that it offers.
 pub(crate) fn make(args: &EngineArgs<'_>) -> Result<(Arc<dyn Engine>, Arc<CpuModel>), MachineError> {
     let bad_model = |source| MachineError::Model { spec: args.cpu.to_owned(), source };
-    match args.chosen {
+    match &args.chosen {
         Chosen::Soft | Chosen::SoftCheck => {
             let model = CpuModel::host(args.cpu, &SoftEngine::offer(args.time)).map_err(bad_model)?;
             let options = Options { cpus: args.cpus };
-            let make = if args.chosen == Chosen::Soft { SoftEngine::new } else { SoftEngine::checking };
+            let make = if matches!(args.chosen, Chosen::Soft) { SoftEngine::new } else { SoftEngine::checking };
             let engine = make(args.memory.clone(), Arc::clone(args.time), &options)?;
             Ok((engine, Arc::new(model)))
         }
-        Chosen::Kvm => {
-            let host = KvmHost::open().map_err(EngineError::from)?;
+        Chosen::Kvm(host) => {
             let model =
                 CpuModel::from_host(args.cpu, &host.offer(args.time), host.cpuid()).map_err(bad_model)?;
-            let engine = KvmEngine::new(&host, args.memory.clone(), Arc::clone(args.time), args.cpus)?;
+            let engine = KvmEngine::new(host, args.memory.clone(), Arc::clone(args.time), args.cpus)?;
             Ok((engine, Arc::new(model)))
         }
     }

@@ -41,7 +41,7 @@ impl Machine {
         let debugger = plan.gdb.clone();
         let (no_reboot, held) = (plan.no_reboot, plan.gdb_wait);
         let (diary, events) = (Diary::new(), plan.events.clone());
-        let assemble = maker(plan, engine, Arc::clone(&ending), route.clone(), Arc::clone(&diary));
+        let assemble = maker(plan, engine.clone(), Arc::clone(&ending), route.clone(), Arc::clone(&diary));
         let mut runner = Runner::new(assemble, held, no_reboot, Arc::clone(&ending))?;
         if let Some(path) = events {
             diary.write_to(Output::file(&path).map_err(|source| MachineError::Output { path, source })?);
@@ -118,6 +118,6 @@ fn maker(
             Some(outputs) => Ok(outputs.clone()),
             None => Ok(opened.insert(Outputs::open(&plan)?).clone()),
         };
-        assemble(&plan, chosen, &ending, outputs, &route, &diary, held)
+        assemble(&plan, chosen.clone(), &ending, outputs, &route, &diary, held)
     })
 }

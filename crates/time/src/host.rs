@@ -1,6 +1,7 @@
 //! The host's clocks: the only place that reads them.
 #![allow(unsafe_code)]
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::Nanos;
@@ -11,11 +12,20 @@ pub(crate) fn tsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// Frequency of the host TSC in Hz: as the hypervisor states it (CPUID 4000_0010h), as the processor
+/// What is known of the frequency of the host TSC.
+static HZ: OnceLock<u64> = OnceLock::new();
+
+/// The host's kernel says that the host TSC runs at `hz`: that is believed, and spares a measurement, if nobody has
+/// asked before.
+pub fn state_host_hz(hz: u64) {
+    if hz > 100_000_000 {
+        let _ = HZ.set(hz);
+    }
+}
+
+/// Frequency of the host TSC in Hz: as somebody who knows it said ([`state_host_hz`]), as the hypervisor states it (CPUID 4000_0010h), as the processor
 /// states it (CPUID 15h, Intel SDM vol. 2A), otherwise measured against the monotonic clock.
 pub(crate) fn tsc_hz() -> u64 {
-    use std::sync::OnceLock;
-    static HZ: OnceLock<u64> = OnceLock::new();
     *HZ.get_or_init(|| stated_hz().unwrap_or_else(measured_hz))
 }
 

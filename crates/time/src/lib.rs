@@ -23,8 +23,8 @@ mod tick;
 
 pub use base::{ResumePolicy, TimeBase, TimeConfig, TimeState, TscMode};
 pub use host::{
-    RunDelay, ThreadTime, host_hz, host_ticks, raw as host_raw, set_timer_slack, ticks_to_nanos,
-    wall as host_wall,
+    RunDelay, ThreadTime, host_hz, host_ticks, raw as host_raw, set_timer_slack, state_host_hz,
+    ticks_to_nanos, wall as host_wall,
 };
 pub use policy::{SLEW, TickConfig, TickPolicy, UnknownPolicy};
 pub use pulse::{Beat, Heart, Pulse};

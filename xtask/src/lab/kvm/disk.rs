@@ -11,7 +11,7 @@ use crate::guest::{Told, modules};
 use crate::run::{Step, which};
 
 const SCRIPT: &str = include_str!("lab.sh");
-const FIGURES: &str = include_str!("figures.sh");
+const FIGURES: &str = include_str!("figures.py");
 
 /// What it carries.
 pub struct Content<'a> {
@@ -38,7 +38,8 @@ pub fn make(image: &Path, step: &Step, content: &Content<'_>) -> Result<()> {
     for folder in ["guests", "modules"] {
         fs::create_dir(to(folder))?;
     }
-    fs::write(to("lab.sh"), format!("{FIGURES}\n{SCRIPT}"))?;
+    fs::write(to("lab.sh"), SCRIPT)?;
+    fs::write(to("figures.py"), FIGURES)?;
     copy(content.wardian, "wardian")?;
     copy(&content.kernel.kernel, "vmlinuz")?;
     copy(&content.kernel.initrd, "initrd.img")?;

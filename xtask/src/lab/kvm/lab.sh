@@ -103,5 +103,7 @@ refusals() {
     tells no-feature 'avx512f, gfni' words
 }
 
+figures() { python3 figures.py "$ROUNDS"; }
+
 for part in $PARTS; do $part; done
 echo LAB end

@@ -32,6 +32,9 @@ pub struct Args {
     /// Engines of the conformance suite (the software engine's own is `cargo xtask test`, on the true processor).
     #[arg(long, value_name = "E,...", value_delimiter = ',', default_value = "kvm")]
     engines: Vec<String>,
+    /// Rounds of the figures.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    rounds: u32,
     /// Minutes that the lab may take.
     #[arg(long, value_name = "M", default_value_t = 10)]
     limit: u64,
@@ -100,9 +103,10 @@ pub fn main(args: &Args) -> Result<()> {
 
     let functions: Vec<&str> = parts.iter().map(|part| part.function()).collect();
     let script = format!(
-        "mkdir -p /lab; mount /dev/vdb /lab; PARTS='{}' ENGINES='{}' sh /lab/lab.sh\n",
+        "mkdir -p /lab; mount /dev/vdb /lab; PARTS='{}' ENGINES='{}' ROUNDS={} sh /lab/lab.sh\n",
         functions.join(" "),
-        args.engines.join(" ")
+        args.engines.join(" "),
+        args.rounds
     );
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]);
