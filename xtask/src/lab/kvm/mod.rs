@@ -109,7 +109,12 @@ pub fn main(args: &Args) -> Result<()> {
         args.rounds
     );
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"]);
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    // Also where it can be read while the lab runs.
+    let live = out.join("live.log").display().to_string().replace(',', ",,");
+    qemu.arg("-chardev")
+        .arg(format!("stdio,id=console,signal=off,logfile={live}"))
+        .args(["-serial", "chardev:console"]);
     // MTTCG's time-stamp counter is the host's, on every processor: Linux cannot measure that under load.
     qemu.args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", "2", "-m", "2G", "-M", "q35"]);
     qemu.arg("-kernel").arg(&host.kernel).arg("-initrd").arg(&host.initrd);
