@@ -213,7 +213,7 @@ fn madt(cpus: u32) -> Sdt {
 /// Enhanced configuration space (PCI Firmware Specification 3.3, 4.1.2).
 fn mcfg() -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE, OEM_REVISION);
-    mcfg.add_ecam(layout::PCI_ECAM.start, 0, 0, 255);
+    mcfg.add_ecam(layout::PCI_ECAM.start, 0, 0, 0);
     mcfg
 }
 

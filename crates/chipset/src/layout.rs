@@ -13,8 +13,9 @@ pub const HIGH_RAM_START: u64 = 1 << 32;
 
 /// 32-bit window for PCI BARs.
 pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
-/// PCI Express enhanced configuration space (ECAM), buses 0-255.
-pub const PCI_ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
+/// PCI Express enhanced configuration space (ECAM) of bus 0, the only one: Linux looks for devices on every bus that
+/// this covers, one by one.
+pub const PCI_ECAM: Range<u64> = 0xe000_0000..0xe010_0000;
 /// 64-bit window for PCI BARs; needs a physical-address width of 40 bits.
 pub const PCI_MMIO64: Range<u64> = (1 << 39)..(1 << 39) + (1 << 38);
 /// IOAPIC.

@@ -79,7 +79,10 @@ impl TimerQueue {
         }
         if let Some(at) = at {
             inner.armed.insert((at, id));
-            if inner.armed.first() == Some(&(at, id)) {
+            let first = inner.armed.first() == Some(&(at, id));
+            // Whoever wakes finds the lock free. It is not late: it looks at the deadlines under the lock before it waits.
+            drop(inner);
+            if first {
                 self.changed.notify_all();
             }
         }

@@ -38,7 +38,7 @@ fn routing() -> PackageBuilder {
 fn root_bridge(sink: &mut Vec<u8>) {
     let after_config = layout::PCI_CONFIG_PORTS.end as u16;
     let resources = ResourceTemplate::new(vec![
-        &AddressSpace::new_bus_number(0u16, 255),
+        &AddressSpace::new_bus_number(0u16, 0),
         &io(&layout::PCI_CONFIG_PORTS),
         &AddressSpace::<u16>::new_io(0, layout::PCI_CONFIG_PORTS.start as u16 - 1, None),
         &AddressSpace::<u16>::new_io(after_config, 0xffff, None),

@@ -72,7 +72,7 @@ fn fixed_hardware_is_where_the_device_is() {
         assert_eq!((fadt[at], number(fadt, at + 4, 8)), (1, number(fadt, old, 4)));
     }
     let mcfg = &found["MCFG"];
-    assert_eq!((number(mcfg, 44, 8), mcfg[54], mcfg[55]), (0xe000_0000, 0, 255));
+    assert_eq!((number(mcfg, 44, 8), mcfg[54], mcfg[55]), (0xe000_0000, 0, 0));
     let hpet = &found["HPET"];
     assert_eq!((hpet.len(), number(hpet, 36, 4), number(hpet, 44, 8)), (56, 0x8086_a201, 0xfed0_0000));
     let tail = &found["APIC"][60..];
