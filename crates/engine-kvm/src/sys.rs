@@ -225,11 +225,14 @@ pub(crate) struct Kicker {
     page: std::sync::Arc<RunPage>,
     /// The thread inside KVM_RUN, or 0.
     inside: std::sync::atomic::AtomicI32,
+    /// The vCPU's thread while it looks at what waits, or 0: what it kicks itself for then it is about to see.
+    looking: std::sync::atomic::AtomicI32,
 }
 
 impl Kicker {
     pub(crate) fn new(page: std::sync::Arc<RunPage>) -> Kicker {
-        Kicker { page, inside: std::sync::atomic::AtomicI32::new(0) }
+        let nobody = || std::sync::atomic::AtomicI32::new(0);
+        Kicker { page, inside: nobody(), looking: nobody() }
     }
 
     /// Thread `thread` is about to be inside KVM_RUN: from here on a kick sends a signal, and one from before is seen
@@ -240,6 +243,11 @@ impl Kicker {
 
     pub(crate) fn leave(&self) {
         self.inside.store(0, Ordering::SeqCst);
+    }
+
+    /// Thread `thread` looks at what waits (0: no longer).
+    pub(crate) fn look(&self, thread: i32) {
+        self.looking.store(thread, Ordering::Relaxed);
     }
 
     /// Takes a kick.
@@ -256,6 +264,11 @@ impl Kicker {
 
 impl wardian_irq::Kick for Kicker {
     fn kick(&self) {
+        // Only the thread itself reads its own number here.
+        let looking = self.looking.load(Ordering::Relaxed);
+        if looking != 0 && looking == this_thread() {
+            return;
+        }
         self.page.immediate_exit().store(1, Ordering::SeqCst);
         let thread = self.inside.load(Ordering::SeqCst);
         if thread != 0 {

@@ -312,7 +312,10 @@ impl KvmVcpu {
                 return Ok(Exit::Interrupted);
             }
             // What is acknowledged here enters the guest now, unless a kick comes in between.
-            let window = self.events()?;
+            self.kicker.look(self.thread);
+            let window = self.events();
+            self.kicker.look(0);
+            let window = window?;
             match self.activity {
                 Activity::Running => {}
                 Activity::Halted | Activity::WaitForSipi => return Ok(Exit::Halt),
