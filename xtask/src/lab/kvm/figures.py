@@ -68,6 +68,7 @@ def private(pid):
 
 machines = {
     "init-wardian": wardian(END),
+    "init-wardian-large-pages": wardian(END),
     "init-microvm": qemu("microvm,pcie=on", "virtio-blk-pci"),
     "init-pc": qemu("pc", "virtio-blk-pci"),
 }
@@ -75,20 +76,15 @@ machines = {
 for folder, _, names in os.walk("."):
     for name in names:
         open(os.path.join(folder, name), "rb").read()
+HUGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 for _ in range(ROUNDS):
     for name, command in machines.items():
+        # Large pages for shared memory; QEMU's memory is private and has them in any case.
+        open(HUGE, "w").write("advise" if "large" in name else "never")
         took, child = until(command, b"WARDIAN-INIT")
         end(child)
         say("value", name, f"{took:.3f}" if took else "none", "s")
-# Once more where the host gives large pages to shared memory, as QEMU's private memory has them in any case.
-huge = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-before = open(huge).read().split("[")[1].split("]")[0]
-open(huge, "w").write("advise")
-for _ in range(ROUNDS):
-    took, child = until(machines["init-wardian"], b"WARDIAN-INIT")
-    end(child)
-    say("value", "init-wardian-large-pages", f"{took:.3f}" if took else "none", "s")
-open(huge, "w").write(before)
+open(HUGE, "w").write("never")
 for _ in range(ROUNDS + 4):
     # The guest's first words come some thousand instructions after its first one.
     took, child = until(["./wardian", "run", "--engine", "kvm", "--kernel", "guests/hello", "--memory", "64M", "--debug-exit",
