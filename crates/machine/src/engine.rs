@@ -114,7 +114,8 @@ pub(crate) fn make(args: &EngineArgs<'_>) -> Result<(Arc<dyn Engine>, Arc<CpuMod
         Chosen::Soft | Chosen::SoftCheck => {
             let model = CpuModel::host(args.cpu, &SoftEngine::offer(args.time)).map_err(bad_model)?;
             let options = Options { cpus: args.cpus };
-            let make = if matches!(args.chosen, Chosen::Soft) { SoftEngine::new } else { SoftEngine::checking };
+            let make =
+                if matches!(args.chosen, Chosen::Soft) { SoftEngine::new } else { SoftEngine::checking };
             let engine = make(args.memory.clone(), Arc::clone(args.time), &options)?;
             Ok((engine, Arc::new(model)))
         }
