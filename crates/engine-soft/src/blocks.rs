@@ -74,7 +74,8 @@ impl Block {
 /// All blocks of one vCPU.
 pub struct Blocks {
     pub all: Vec<Block>,
-    table: Vec<u32>,
+    /// Open addressing: part of the key's hash, and the block.
+    table: Vec<(u32, BlockId)>,
     pages: Vec<u32>,
     /// Blocks whose one instruction ends on another page: that page, granules there, block.
     crossing: Vec<(u32, u64, BlockId)>,
@@ -82,17 +83,20 @@ pub struct Blocks {
     pub marks: [Vec<Mark>; 2],
 }
 
-fn hash(page: u32, offset: u16, linear: u64, mode: Mode) -> u64 {
-    let key =
-        (u64::from(page) << 12 | u64::from(offset)) ^ linear.rotate_left(20) ^ mode.hash().rotate_left(7);
-    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+/// 32 bits of a key's hash; the low ones say where it is looked for first.
+fn hash(page: u32, offset: u16, key: u64, mode: Mode) -> u32 {
+    let mixed =
+        (u64::from(page) << 12 | u64::from(offset)) ^ key.rotate_left(20) ^ mode.hash().rotate_left(7);
+    (mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
 }
+
+const FREE: (u32, BlockId) = (0, NONE);
 
 impl Blocks {
     pub fn new(ram_pages: usize) -> Blocks {
         Blocks {
             all: Vec::new(),
-            table: vec![NONE; 1 << 17],
+            table: vec![FREE; 1 << 17],
             pages: vec![NONE; ram_pages],
             crossing: Vec::new(),
             marks: Default::default(),
@@ -106,21 +110,22 @@ impl Blocks {
         }
         self.all.clear();
         self.crossing.clear();
-        self.table.fill(NONE);
+        self.table.fill(FREE);
         self.marks = Default::default();
     }
 
-    fn slot(&self, page: u32, offset: u16, key: u64, mode: Mode) -> usize {
+    fn slot(&self, hash: u32, page: u32, offset: u16, key: u64, mode: Mode) -> usize {
         let mask = self.table.len() - 1;
-        let mut at = (hash(page, offset, key, mode) >> 32) as usize & mask;
+        let mut at = hash as usize & mask;
         loop {
-            match self.table[at] {
-                NONE => return at,
-                id => {
-                    let b = &self.all[id as usize];
-                    if b.key() == key && b.page == page && b.offset == offset && b.mode == mode {
-                        return at;
-                    }
+            let (tag, id) = self.table[at];
+            if id == NONE {
+                return at;
+            }
+            if tag == hash {
+                let b = &self.all[id as usize];
+                if b.key() == key && b.page == page && b.offset == offset && b.mode == mode {
+                    return at;
                 }
             }
             at = (at + 1) & mask;
@@ -129,18 +134,19 @@ impl Blocks {
 
     /// The block for a key, dead or alive. `key`: the linear address or [`FLOATING`].
     pub fn find(&self, page: u32, offset: u16, key: u64, mode: Mode) -> Option<BlockId> {
-        let id = self.table[self.slot(page, offset, key, mode)];
+        let (_, id) = self.table[self.slot(hash(page, offset, key, mode), page, offset, key, mode)];
         (id != NONE).then_some(id)
     }
 
     /// Adds a block, replacing a dead one of the same key (whose number is returned).
     pub fn add(&mut self, mut block: Block) -> (BlockId, Option<BlockId>) {
         let id = self.all.len() as u32;
-        let at = self.slot(block.page, block.offset, block.key(), block.mode);
-        let old = self.table[at];
+        let hash = hash(block.page, block.offset, block.key(), block.mode);
+        let at = self.slot(hash, block.page, block.offset, block.key(), block.mode);
+        let (_, old) = self.table[at];
         block.next_in_page = self.pages[block.page as usize];
         self.pages[block.page as usize] = id;
-        self.table[at] = id;
+        self.table[at] = (hash, id);
         self.all.push(block);
         if self.all.len() * 2 > self.table.len() {
             self.grow();
@@ -149,12 +155,14 @@ impl Blocks {
     }
 
     fn grow(&mut self) {
-        let old = std::mem::take(&mut self.table);
-        self.table = vec![NONE; old.len() * 2];
-        for id in old.into_iter().filter(|id| *id != NONE) {
-            let b = &self.all[id as usize];
-            let at = self.slot(b.page, b.offset, b.key(), b.mode);
-            self.table[at] = id;
+        let new = vec![FREE; self.table.len() * 2];
+        let mask = new.len() - 1;
+        for entry in std::mem::replace(&mut self.table, new).into_iter().filter(|entry| entry.1 != NONE) {
+            let mut at = entry.0 as usize & mask;
+            while self.table[at].1 != NONE {
+                at = (at + 1) & mask;
+            }
+            self.table[at] = entry;
         }
     }
 
