@@ -28,7 +28,9 @@ pub const LAPIC: Range<u64> = 0xfee0_0000..0xfee0_1000;
 /// Where the ACPI root pointer goes, followed by the other tables; up to [`ACPI_END`].
 pub const ACPI_BASE: u64 = 0xf_0000;
 /// End of the room for ACPI tables.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_f000;
+/// The generation ID, alone in a page of what the memory map reserves for firmware.
+pub const GENERATION_ID: u64 = ACPI_END;
 
 /// CMOS index and data ports.
 pub const RTC_PORTS: Range<u64> = 0x70..0x72;

@@ -14,6 +14,7 @@ pub mod acpi;
 pub mod debug;
 pub mod doorbell;
 mod edge_ticks;
+pub mod genid;
 pub mod hpet;
 pub mod i8042;
 pub mod ioapic;

@@ -7,6 +7,7 @@
 
 mod bridge;
 mod intx;
+mod persist;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,7 @@ use wardian_bus::pci::{Function, MappedBar};
 use wardian_bus::{Access, Device};
 
 pub use intx::{IntxLines, intx_gsi};
+pub use persist::PciState;
 
 use crate::layout;
 use crate::power::{PowerRequest, PowerSink};
@@ -32,6 +34,11 @@ const INTERRUPT_LINE: usize = 0x3c;
 const INTERRUPT_PIN: usize = 0x3d;
 /// BAR bits 2:1: the register and the next one hold a 64-bit address.
 const BAR_WIDE: u32 = 0b100;
+
+/// Bits of the address register that keep what is written.
+const ADDRESS_WRITABLE: u32 = 0x80ff_fffc;
+/// Bits of the reset control register that keep what is written.
+const RESET_WRITABLE: u8 = 0x0e;
 
 /// Devices on the bus.
 const SLOTS: usize = 32;
@@ -67,6 +74,7 @@ struct Mapping {
 
 /// The bus. Lock order: `refresh`, then a function's own; `slots` and `map` are held over nothing.
 pub struct PciRoot {
+    bridge: Arc<HostBridge>,
     slots: RwLock<Vec<Arc<dyn Function>>>,
     /// BARs that decode, by address.
     map: RwLock<Vec<Mapping>>,
@@ -81,8 +89,10 @@ impl PciRoot {
     /// A bus with only the host bridge, at device 0.
     #[must_use]
     pub fn new() -> Arc<PciRoot> {
+        let bridge = Arc::new(HostBridge::new());
         Arc::new(PciRoot {
-            slots: RwLock::new(vec![Arc::new(HostBridge::new())]),
+            slots: RwLock::new(vec![Arc::clone(&bridge) as _]),
+            bridge,
             map: RwLock::default(),
             refresh: Mutex::default(),
             address: AtomicU32::new(0),
@@ -331,12 +341,12 @@ impl Device for ConfigPorts {
     fn write(&self, at: Access, data: &[u8]) {
         match (at.offset, data) {
             (0, &[a, b, c, d]) => {
-                let address = u32::from_le_bytes([a, b, c, d]) & 0x80ff_fffc;
+                let address = u32::from_le_bytes([a, b, c, d]) & ADDRESS_WRITABLE;
                 self.root.address.store(address, Ordering::Relaxed);
             }
             (1, &[value]) => {
                 // Bit 2 going up resets the processor; bit 1 says how thoroughly.
-                let old = self.root.reset_control.swap(value & 0x0e, Ordering::Relaxed);
+                let old = self.root.reset_control.swap(value & RESET_WRITABLE, Ordering::Relaxed);
                 if value & !old & 0x04 != 0 {
                     self.power.request(PowerRequest::Reset);
                 }

@@ -1,6 +1,10 @@
 //! Configuration space with a type 0 header (PCI Local Bus Specification 3.0, chapter 6).
 
+mod persist;
+
 use super::MappedBar;
+
+pub use persist::{ConfigRegisterState, ConfigState};
 
 /// Bytes of configuration space of one function, PCI Express extended space included.
 pub const CONFIG_SIZE: usize = 4096;

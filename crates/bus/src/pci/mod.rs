@@ -9,7 +9,7 @@ mod msix;
 #[cfg(test)]
 mod tests;
 
-pub use config::{CONFIG_SIZE, ConfigError, ConfigSpace, Identity};
+pub use config::{CONFIG_SIZE, ConfigError, ConfigRegisterState, ConfigSpace, ConfigState, Identity};
 pub use msix::{MAX_VECTORS, MsiX};
 
 /// One base address register as the guest has set it.

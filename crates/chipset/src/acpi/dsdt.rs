@@ -3,13 +3,13 @@
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Arg, CreateDWordField, Device, EISAName, Else, Equal, IO, If,
-    Interrupt, Memory32Fixed, Method, Name, Or, Package, PackageBuilder, ResourceTemplate, Return, Scope,
-    Uuid,
+    Interrupt, Memory32Fixed, Method, Name, Notify, Or, Package, PackageBuilder, ResourceTemplate, Return,
+    Scope, Uuid,
 };
 use acpi_tables::sdt::Sdt;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE};
-use crate::{layout, pci, pm};
+use crate::{genid, layout, pci, pm};
 
 /// `_OSC` of a PCI Express root bridge (PCI Firmware Specification 3.3, 4.5).
 const PCI_OSC: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
@@ -91,6 +91,29 @@ fn board_device(sink: &mut Vec<u8>, name: &str, hid: &str, resources: Vec<&dyn A
     .to_aml_bytes(sink);
 }
 
+/// The generation ID: its address as a package of two halves, by which every system finds the device.
+fn generation_id(sink: &mut Vec<u8>) {
+    let (low, high) = (layout::GENERATION_ID as u32, (layout::GENERATION_ID >> 32) as u32);
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"WRDN0001"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// General-purpose event handlers (5.6.4.1): an edge, whose status bit is cleared before its method runs.
+fn events(sink: &mut Vec<u8>) {
+    let event = format!("_E{:02X}", genid::GENERATION_EVENT);
+    let notify = Notify::new(&path("\\_SB_.VGEN"), &0x80u8).bytes();
+    let method = Method::new(event.as_str().into(), 0, false, vec![&Raw(notify)]).bytes();
+    Scope::new("\\_GPE".into(), vec![&Raw(method)]).to_aml_bytes(sink);
+}
+
 fn edge(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
@@ -113,6 +136,7 @@ pub(super) fn build(cpus: u32) -> Vec<u8> {
     );
     board_device(&mut devices, "RTC_", "PNP0B00", vec![&io(&layout::RTC_PORTS), &edge(layout::GSI_RTC.0)]);
     board_device(&mut devices, "COM1", "PNP0501", vec![&io(&layout::COM1_PORTS), &edge(layout::GSI_COM1.0)]);
+    generation_id(&mut devices);
     for cpu in 0..cpus {
         Device::new(
             format!("C{cpu:03X}").as_str().into(),
@@ -122,6 +146,7 @@ pub(super) fn build(cpus: u32) -> Vec<u8> {
     }
     let mut body = Vec::new();
     Scope::new("\\_SB_".into(), vec![&Raw(devices)]).to_aml_bytes(&mut body);
+    events(&mut body);
     let s5 = pm::SLEEP_TYPE_S5;
     Name::new("_S5_".into(), &Package::new(vec![&s5, &s5, &0u8, &0u8])).to_aml_bytes(&mut body);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE, OEM_REVISION);

@@ -1,6 +1,8 @@
 //! What is saved of the interrupt chips, and how they come back before the devices that raise them.
 
 #[cfg(test)]
+mod board_tests;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;

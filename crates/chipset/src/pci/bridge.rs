@@ -2,7 +2,8 @@
 
 use std::sync::Mutex;
 
-use wardian_bus::pci::{ConfigSpace, Function, Identity, MappedBar};
+use wardian_bus::pci::{ConfigSpace, ConfigState, Function, Identity, MappedBar};
+use wardian_state::check::Wrong;
 
 use crate::wire::lock;
 
@@ -13,6 +14,18 @@ pub(super) struct HostBridge {
 
 impl HostBridge {
     pub(super) fn new() -> HostBridge {
+        HostBridge { config: Mutex::new(Self::config()) }
+    }
+
+    pub(super) fn save(&self) -> ConfigState {
+        lock(&self.config).save()
+    }
+
+    pub(super) fn restore(state: &ConfigState) -> Result<HostBridge, Wrong> {
+        Ok(HostBridge { config: Mutex::new(Self::config().restore(state)?) })
+    }
+
+    fn config() -> ConfigSpace {
         let identity = Identity {
             vendor: 0x1b36,
             device: 0x0008,
@@ -21,7 +34,7 @@ impl HostBridge {
             class: 0x06_00_00,
             revision: 0,
         };
-        HostBridge { config: Mutex::new(ConfigSpace::new(&identity)) }
+        ConfigSpace::new(&identity)
     }
 }
 

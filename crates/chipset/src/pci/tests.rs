@@ -11,13 +11,13 @@ use wardian_bus::pci::{ConfigSpace, Function, Identity, MappedBar};
 use wardian_irq::IrqChip;
 
 /// A function that remembers what is written to its BARs and reads as its BAR number.
-struct Probe {
+pub(super) struct Probe {
     config: Mutex<ConfigSpace>,
     written: Mutex<Vec<(usize, u64, Vec<u8>)>>,
 }
 
 impl Probe {
-    fn new(bar32: u64, bar64: u64) -> Arc<Probe> {
+    pub(super) fn new(bar32: u64, bar64: u64) -> Arc<Probe> {
         let identity = Identity { vendor: 0x1af4, device: 0x1042, class: 0x01_80_00, ..Identity::default() };
         let mut config = ConfigSpace::new(&identity);
         if bar32 != 0 {
