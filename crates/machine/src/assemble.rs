@@ -11,6 +11,7 @@ use wardian_bus::{Bus, Device};
 use wardian_chipset::acpi::{self, AcpiConfig};
 use wardian_chipset::debug::{DebugConsole, DebugExit, PostPort};
 use wardian_chipset::doorbell::Doorbell;
+use wardian_chipset::genid::GenerationId;
 use wardian_chipset::hpet::{Hpet, LegacyRouting};
 use wardian_chipset::i8042::I8042;
 use wardian_chipset::irqchip::SoftIrqChip;
@@ -135,6 +136,8 @@ impl Shop<'_> {
         let rtc = Rtc::new(self.queue, self.line(layout::GSI_RTC), size, routing, timers.rtc);
         spaces.port(layout::RTC_PORTS, rtc)?;
         let pm = Pm::new(self.queue, self.line(layout::GSI_SCI), Arc::clone(&self.power));
+        let generation = GenerationId::new(self.memory, Arc::clone(&pm), generation_id(self.plan)?)?;
+        self.keep.push(Box::new(generation));
         spaces.port(layout::PM_PORTS, pm)?;
         for (ports, device) in I8042::new(Arc::clone(&self.power)).ports() {
             spaces.port(ports, device)?;
@@ -200,6 +203,16 @@ impl Shop<'_> {
         self.keep.push(Box::new(root));
         Ok(())
     }
+}
+
+/// A generation ID that no other machine has.
+fn generation_id(plan: &Plan) -> Result<[u8; 16], MachineError> {
+    let mut id = virtual_time::GENERATION_ID;
+    if !plan.counted {
+        let failed = |e: std::io::Error| MachineError::Host { what: "random bytes", source: e.into() };
+        wardian_backend::entropy(&mut id).map_err(failed)?;
+    }
+    Ok(id)
 }
 
 /// Opens the disks of `plan`, in order.

@@ -13,6 +13,9 @@ use wardian_time::{Nanos, TimeBase, TimerQueue};
 /// Wall clock of the guest when it starts: 2000-01-01, 00:00 UTC, whatever the host's is.
 pub(crate) const EPOCH: Nanos = Nanos(946_684_800 * Nanos::SECOND.0);
 
+/// Generation ID of such a machine, so that a guest that draws on it does the same every time.
+pub(crate) const GENERATION_ID: [u8; 16] = *b"Wardian, virtual";
+
 /// Most interrupts that are written down: a hostile guest does not fill the host's disk.
 const MAX_LINES: u64 = 1 << 20;
 

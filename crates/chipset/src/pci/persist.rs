@@ -153,14 +153,14 @@ mod tests {
                     self.ports.write(0, 0xcf9, &[random.next() as u8]);
                 }
                 4 => {
-                    self.memory.read(0, 0xe000_0000 + random.below(0x18_000) & !3, &mut data);
+                    self.memory.read(0, 0xe000_0000 + 4 * random.below(0x6000), &mut data);
                 }
                 _ => {
                     self.ports.read(0, random.one_of(&[0xcf8, 0xcfc]), &mut data);
                 }
             }
             let mut bar = [0; 4];
-            self.memory.read(0, 0xc000_0000 + random.below(0x4000) & !3, &mut bar);
+            self.memory.read(0, 0xc000_0000 + 4 * random.below(0x1000), &mut bar);
             format!("{data:x?} {bar:x?} {:?} {:?}", self.power.take(), self.root.inspect())
         }
     }

@@ -123,7 +123,7 @@ impl Board {
                 let timer = 0x100 + 0x20 * index;
                 let edge_or_level = random.one_of(&[0x4c, 0x4c, 0x4e]);
                 self.hpet
-                    .write(at(timer), &u64::to_le_bytes(edge_or_level | [20, 21, 23][index as usize] << 9));
+                    .write(at(timer), &u64::to_le_bytes(edge_or_level | ([20, 21, 23][index as usize] << 9)));
                 for _ in 0..2 {
                     self.hpet.write(at(timer + 8), &u64::to_le_bytes(100_000));
                 }
@@ -137,7 +137,7 @@ impl Board {
                 for pin in [2, 8, 9, 20, 21, 23] {
                     let level = if pin == 9 || random.once_in(8) { 0x8000 } else { 0 };
                     let masked = if random.once_in(3) { 0x1_0000 } else { 0 };
-                    self.entry(pin, 0x30 + u32::from(pin) | level | masked);
+                    self.entry(pin, (0x30 + u32::from(pin)) | level | masked);
                 }
             }
             5 => self.apic(0x0f, random.one_of(&[0x1ff, 0x1ff, 0x0ff])),
