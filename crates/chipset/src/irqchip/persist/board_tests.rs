@@ -33,7 +33,6 @@ impl Record for BoardState {
     const VERSION: u16 = 1;
 }
 
-#[derive(Default)]
 struct Sleeper(AtomicBool);
 
 impl Kick for Sleeper {
@@ -60,18 +59,19 @@ impl Board {
         clock: Clock,
         ticks: TickConfig,
         chip: Arc<SoftIrqChip>,
+        asleep: bool,
         make: impl FnOnce(&Clock, &Arc<dyn IrqChip>) -> Result<(Arc<Hpet>, Arc<Pit>, Arc<Rtc>, Arc<Pm>), Refused>,
     ) -> Result<Board, Refused> {
         let irqs = Arc::clone(&chip) as Arc<dyn IrqChip>;
-        let (hpet, pit, rtc, pm) = make(&clock, &irqs)?;
-        let (local, sleeper) = (chip.local(0).unwrap(), Arc::new(Sleeper::default()));
+        let (local, sleeper) = (chip.local(0).unwrap(), Arc::new(Sleeper(AtomicBool::new(asleep))));
         local.attach(Arc::clone(&sleeper) as _);
+        let (hpet, pit, rtc, pm) = make(&clock, &irqs)?;
         Ok(Board { clock, ticks, chip, local, sleeper, hpet, pit, rtc, pm })
     }
 
     fn new(clock: Clock, ticks: TickConfig) -> Board {
         let chip = SoftIrqChip::with_ticks(1, &clock.queue, ticks);
-        Board::with(clock, ticks, chip, |clock, irqs| {
+        Board::with(clock, ticks, chip, false, |clock, irqs| {
             let routing = LegacyRouting::default();
             let line = |gsi: Gsi| Line::new(Arc::clone(irqs), gsi);
             let hpet = Hpet::new(&clock.queue, irqs, routing.clone(), ticks);
@@ -189,7 +189,8 @@ impl Twin for Board {
     fn restored(other: &Board, state: &BoardState) -> Result<Board, Refused> {
         let (clock, ticks) = (other.clock.twin(), other.ticks);
         let chip = SoftIrqChip::restore(1, &clock.queue, ticks, &state.chips)?;
-        let board = Board::with(clock, ticks, chip, |clock, irqs| {
+        let asleep = other.sleeper.0.load(Ordering::Relaxed);
+        let board = Board::with(clock, ticks, chip, asleep, |clock, irqs| {
             let routing = LegacyRouting::default();
             let line = |gsi: Gsi| Line::new(Arc::clone(irqs), gsi);
             let hpet = Hpet::restore(&clock.queue, irqs, routing.clone(), ticks, &state.hpet)?;
@@ -199,8 +200,6 @@ impl Twin for Board {
             Ok((hpet, pit, rtc, pm))
         })?;
         board.chip.settle_lines();
-        let asleep = other.sleeper.0.load(Ordering::Relaxed);
-        board.sleeper.0.store(asleep, Ordering::Relaxed);
         Ok(board)
     }
 
