@@ -45,8 +45,8 @@ const KNOWN_FINDINGS: [(&str, &str, &str); 9] = [
     (
         "kvm-smc",
         "writes its next instruction through an alias",
-        "no engine sees that store: the lab's processor runs on with what it had translated (AMD APM vol. 2, 7.6.1: it \
-         is to see it)",
+        "not proved: no part of KVM or the engine sees that store, and QEMU's translator without SVM takes it; under its \
+         nested paging it seems to run on with what it had translated (AMD APM vol. 2, 7.6.1: it is to see the store)",
     ),
 ];
 const IO_BREAKPOINT: &str = "KVM emulates port instructions and looks at no I/O breakpoints there (Intel SDM vol. 3B, \
