@@ -75,7 +75,8 @@ pub(crate) struct Run {
     /// vCPUs, 1 to 64 [default: 1].
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     cpus: Option<CpuCount>,
-    /// Engine: auto, soft, kvm or kvm-forced [default: auto].
+    /// Engine: auto, soft, kvm, kvm-forced, or soft-check, which compares each translated block with its single instructions
+    /// [default: auto].
     #[arg(long, value_name = "NAME")]
     engine: Option<EngineChoice>,
     /// Processor model: host or x86-64-v1 to -v4, then any of ,+feature ,-feature ,vendor=AuthenticAMD

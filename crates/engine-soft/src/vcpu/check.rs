@@ -463,3 +463,55 @@ fn read_byte(host: usize) -> u8 {
     // SAFETY: an address in a RAM page that was kept.
     unsafe { (host as *const u8).read_volatile() }
 }
+
+#[cfg(test)]
+mod tests {
+    use wardian_memory::{Gpa, GuestMemory};
+
+    use super::*;
+
+    #[test]
+    fn differences_are_told() {
+        let mut core = Core::for_test(GuestMemory::new(1 << 20).unwrap());
+        let block = Registers::of(&core);
+        assert_eq!(block.difference(&block.clone(), rflags::ARITH), None);
+        core.set_gpr(3, 7);
+        let told = block.difference(&Registers::of(&core), rflags::ARITH);
+        assert_eq!(told.as_deref(), Some("RBX is 0x0, by single instructions 0x7"));
+        block.put(&mut core);
+        core.set_rflags(rflags::ZF);
+        let other = Registers::of(&core);
+        assert!(block.difference(&other, rflags::ARITH).is_some_and(|told| told.contains("flags")));
+        assert_eq!(block.difference(&other, rflags::ARITH & !rflags::ZF), None, "nobody reads ZF");
+        block.put(&mut core);
+        core.ctx.get_mut().vec[5][15] = 1;
+        assert!(block.difference(&Registers::of(&core), 0).is_some_and(|told| told.contains("register 5")));
+        block.put(&mut core);
+        assert_eq!(block.difference(&Registers::of(&core), rflags::ARITH), None);
+    }
+
+    #[test]
+    fn writes_are_taken_back() {
+        let mem = GuestMemory::new(1 << 20).unwrap();
+        let (_, host) = mem.page(Gpa(0x3000)).unwrap();
+        mem.write(Gpa(0x3008), &[1, 2, 3, 4]).unwrap();
+        let mut undo = Undo::default();
+        undo.keep(host);
+        mem.write(Gpa(0x3009), &[9, 9]).unwrap();
+        undo.keep(host);
+        assert_eq!(undo.now()[0].1[8..12], [1, 9, 9, 4]);
+        undo.take_back();
+        let mut bytes = [0; 4];
+        mem.read(Gpa(0x3008), &mut bytes).unwrap();
+        assert_eq!(bytes, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn first_runs_and_then_ever_fewer() {
+        let mut check = Check::default();
+        let due: Vec<u32> = (1..=20).filter(|_| check.due(3)).collect();
+        assert_eq!(due.len(), [1, 2, 3, 4, 8, 16].len());
+        check.forget();
+        assert!(check.due(3));
+    }
+}
