@@ -18,8 +18,17 @@ use crate::diary::{Diary, Happening, seconds};
 use crate::vcpu::Slot;
 use crate::verdict::{Sighting, Verdict, Window, explain, is_loud, judge};
 
-/// From beat to beat.
+/// From beat to beat, and a little more: see [`beat`].
 const BEAT: Duration = Duration::from_secs(1);
+/// At most that.
+const STRAY: u64 = 10_000_000;
+
+/// How long beat number `count` waits. Guests tick in even parts of a second too: beats that kept step with them would
+/// see nothing but the handler of the tick. The golden ratio's multiples spread evenly.
+fn beat(count: u64) -> Duration {
+    let part = count.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    BEAT + Duration::from_nanos(part * STRAY >> 32)
+}
 
 /// How the doctor's thread is told to stop.
 #[derive(Default)]
@@ -35,10 +44,10 @@ impl Bell {
         self.changed.notify_all();
     }
 
-    /// Waits for a beat's time; false: it was rung.
-    fn wait(&self) -> bool {
+    /// Waits for so long; false: it was rung.
+    fn wait(&self, span: Duration) -> bool {
         let rung = self.rung.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.changed.wait_timeout_while(rung, BEAT, |rung| !*rung);
+        let waited = self.changed.wait_timeout_while(rung, span, |rung| !*rung);
         !*waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
@@ -114,7 +123,8 @@ impl Doctor<'_> {
         let mut patients: Vec<Patient> = self.slots.iter().map(|_| Patient::default()).collect();
         let mut common = Common::default();
         let mut clock = None;
-        while bell.wait() {
+        let mut beats = 0..;
+        while bell.wait(beat(beats.next().unwrap_or(0))) {
             let beat = heart.beat(base.pulse());
             if !follows {
                 base.pulse().still();

@@ -1,4 +1,4 @@
-use super::{Common, Patient, Turn, step};
+use super::{BEAT, Common, Patient, STRAY, Turn, beat, step};
 use crate::accounts::Phase;
 use crate::verdict::Verdict;
 use wardian_time::{Nanos, host_ticks};
@@ -23,6 +23,29 @@ fn an_episode_is_told_once_and_its_end_once() {
     assert_eq!(told, [0, 1, 0, 1, 0, 22, 0, 0, 21]);
     let late = patient.turn(spin(1), Nanos(90 * S), window);
     assert!(matches!(late, Turn::New(Verdict::Spin { low: 1, .. })));
+}
+
+/// Of any twenty beats in a row, few come at the same moment of a guest's tick.
+#[test]
+fn beats_keep_step_with_no_tick() {
+    for hz in [100, 250, 300, 1000] {
+        let tick = S / hz;
+        let mut at = 0;
+        let phases: Vec<u64> = (0..200)
+            .map(|count| {
+                let span = beat(count).as_nanos() as u64;
+                assert!((BEAT.as_nanos() as u64..=BEAT.as_nanos() as u64 + STRAY).contains(&span));
+                at += span;
+                at % tick
+            })
+            .collect();
+        for twenty in phases.windows(20) {
+            for tenth in 0..10 {
+                let alike = twenty.iter().filter(|phase| **phase * 10 / tick == tenth).count();
+                assert!(alike <= 7, "{hz} Hz: {alike} of 20 in part {tenth}");
+            }
+        }
+    }
 }
 
 #[test]
