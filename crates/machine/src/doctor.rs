@@ -27,7 +27,7 @@ const STRAY: u64 = 10_000_000;
 /// see nothing but the handler of the tick. The golden ratio's multiples spread evenly.
 fn beat(count: u64) -> Duration {
     let part = count.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    BEAT + Duration::from_nanos(part * STRAY >> 32)
+    BEAT + Duration::from_nanos((part * STRAY) >> 32)
 }
 
 /// How the doctor's thread is told to stop.
