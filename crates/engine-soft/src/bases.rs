@@ -2,15 +2,15 @@
 //!
 //! The key of a floating block has no linear address. What its code needs of it (the landing's compare, RIP-relative
 //! operands, return addresses, where to leave to) it computes from its page's *base*, a word of the context: the linear
-//! address at which the RAM page runs now. A library that each process maps elsewhere is so translated once.
+//! address at which the RAM page runs now, in the present address space. A library that each process maps elsewhere is so
+//! translated once.
 //!
 //! **Architecture Invariant:** a base is either [`UNBOUND`] or the linear address of a page that translates to its RAM page
 //! in the current address space, for user fetches. The run loop binds, every flush of the TLB unbinds. Jumps between
 //! floating blocks need no revocation: they compare bases.
 
 use crate::access::Site;
-use crate::ctx::{self, BASE_ENTRIES, BASES, CtxBox, View};
-use crate::mmu::Flush;
+use crate::ctx::{self, BASE_ENTRIES, BASES, CtxBox, SPACES, View};
 use crate::mode::Mode;
 
 /// Number of a base. 0 is the one that is never bound, and stands for "none".
@@ -50,22 +50,34 @@ pub struct Bases {
     /// By RAM page.
     of_page: Vec<Base>,
     next: Base,
-    /// What was bound since the last flush: linear pages and, of the same number, bases. Some may be out of date.
+    /// The address space in use.
+    current: usize,
+    spaces: [Bound; SPACES],
+}
+
+/// What was bound in one address space since it was flushed.
+struct Bound {
+    /// Linear pages and, of the same number, bases. Some may be out of date.
     linear: Vec<u64>,
-    bound: Vec<Base>,
+    bases: Vec<Base>,
     /// Which linear pages, hashed, are among them.
     filter: [u64; FILTER / 64],
 }
 
 impl Bases {
     pub fn new(ctx: &mut CtxBox, ram_pages: usize) -> Bases {
-        ctx.store(BASES, 0, UNBOUND);
+        for space in 0..SPACES {
+            ctx.store_in(space, BASES, 0, UNBOUND);
+        }
         Bases {
             of_page: vec![0; ram_pages],
             next: 1,
-            linear: Vec::new(),
-            bound: Vec::new(),
-            filter: [0; FILTER / 64],
+            current: 0,
+            spaces: std::array::from_fn(|_| Bound {
+                linear: Vec::new(),
+                bases: Vec::new(),
+                filter: [0; FILTER / 64],
+            }),
         }
     }
 
@@ -77,7 +89,9 @@ impl Bases {
     /// The base of RAM page `page`. Only if there [is room](Bases::has_room).
     pub fn of(&mut self, ctx: &mut CtxBox, page: usize) -> Base {
         if self.of_page[page] == 0 {
-            ctx.store(BASES, self.next as usize, UNBOUND);
+            for space in 0..SPACES {
+                ctx.store_in(space, BASES, self.next as usize, UNBOUND);
+            }
             self.of_page[page] = self.next;
             self.next += 1;
         }
@@ -86,9 +100,14 @@ impl Bases {
 
     /// No code uses a base any more.
     pub fn clear(&mut self, ctx: &mut CtxBox) {
-        self.unbind(ctx);
+        self.unbind_all(ctx);
         self.of_page.fill(0);
         self.next = 1;
+    }
+
+    /// The address space in use is `space` from now on.
+    pub fn select(&mut self, space: usize) {
+        self.current = space % SPACES;
     }
 
     /// Notes that the page of `base` runs at the linear page `linear` from now on.
@@ -97,13 +116,14 @@ impl Bases {
         if ctx.load(BASES, base as usize) == linear {
             return;
         }
-        if self.bound.len() >= MOST {
-            self.unbind(ctx);
+        if self.spaces[self.current].bases.len() >= MOST {
+            self.unbind(ctx, self.current);
         }
-        self.linear.push(linear);
-        self.bound.push(base);
+        let bound = &mut self.spaces[self.current];
+        bound.linear.push(linear);
+        bound.bases.push(base);
         let at = Self::hash(linear);
-        self.filter[at / 64] |= 1 << (at % 64);
+        bound.filter[at / 64] |= 1 << (at % 64);
         ctx.store(BASES, base as usize, linear);
     }
 
@@ -111,25 +131,35 @@ impl Bases {
         ((linear >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52) as usize % FILTER
     }
 
-    fn unbind(&mut self, ctx: &mut CtxBox) {
-        for base in self.bound.drain(..) {
-            ctx.store(BASES, base as usize, UNBOUND);
-        }
-        self.linear.clear();
-        self.filter = [0; FILTER / 64];
-    }
-
-    /// Unbinds what the flush forgets. (User pages that are global are bound anew as well.)
-    pub fn flush(&mut self, ctx: &mut CtxBox, what: Flush) {
-        let Flush::Page(linear) = what else { return self.unbind(ctx) };
-        let page = linear & !0xfff;
-        let at = Self::hash(page);
-        if self.filter[at / 64] & (1 << (at % 64)) == 0 {
+    /// Unbinds all of one address space.
+    pub fn unbind(&mut self, ctx: &mut CtxBox, space: usize) {
+        let bound = &mut self.spaces[space];
+        if bound.bases.is_empty() {
             return;
         }
-        for (linear, base) in self.linear.iter().zip(&self.bound) {
-            if *linear == page && ctx.load(BASES, *base as usize) == page {
-                ctx.store(BASES, *base as usize, UNBOUND);
+        for base in bound.bases.drain(..) {
+            ctx.store_in(space, BASES, base as usize, UNBOUND);
+        }
+        bound.linear.clear();
+        bound.filter = [0; FILTER / 64];
+    }
+
+    /// Unbinds all of all address spaces.
+    pub fn unbind_all(&mut self, ctx: &mut CtxBox) {
+        (0..SPACES).for_each(|space| self.unbind(ctx, space));
+    }
+
+    /// Unbinds the linear page of `linear`, or the 2 MiB around it (`wide`), in every address space: it may be global.
+    pub fn unbind_page(&mut self, ctx: &mut CtxBox, linear: u64, wide: bool) {
+        let (shift, at) = (if wide { 21 } else { 12 }, Self::hash(linear & !0xfff));
+        for (space, bound) in self.spaces.iter().enumerate() {
+            if !wide && bound.filter[at / 64] & (1 << (at % 64)) == 0 {
+                continue;
+            }
+            for (known, base) in bound.linear.iter().zip(&bound.bases) {
+                if known >> shift == linear >> shift && ctx.load_in(space, BASES, *base as usize) == *known {
+                    ctx.store_in(space, BASES, *base as usize, UNBOUND);
+                }
             }
         }
     }
@@ -165,7 +195,6 @@ impl Site {
 mod tests {
     use super::{Bases, Site, UNBOUND, disp, floats, settled};
     use crate::ctx::{BASES, CtxBox, jump_slot};
-    use crate::mmu::Flush;
     use crate::mode::Mode;
 
     #[test]
@@ -177,15 +206,29 @@ mod tests {
         assert_eq!(settled(&ctx, a, 0x123), UNBOUND + 0x123);
         bases.bind(&mut ctx, a, 0x7000);
         bases.bind(&mut ctx, b, 0x9000);
-        bases.flush(&mut ctx, Flush::Page(0x8000));
+        bases.unbind_page(&mut ctx, 0x8000, false);
         assert_eq!((settled(&ctx, a, 0x5123), settled(&ctx, b, 0)), (0x7123, 0x9000));
-        bases.flush(&mut ctx, Flush::Page(0x7abc));
+        bases.unbind_page(&mut ctx, 0x7abc, false);
         assert_eq!((settled(&ctx, a, 0), settled(&ctx, b, 0)), (UNBOUND, 0x9000));
         // What is bound elsewhere meanwhile stays.
         bases.bind(&mut ctx, b, 0xa000);
-        bases.flush(&mut ctx, Flush::Page(0x9000));
+        bases.unbind_page(&mut ctx, 0x9000, false);
         assert_eq!(settled(&ctx, b, 0), 0xa000);
-        bases.flush(&mut ctx, Flush::NonGlobal);
+        // Another address space has its own, which a page's flush finds as well.
+        ctx.select(3);
+        bases.select(3);
+        assert_eq!(settled(&ctx, b, 0), UNBOUND);
+        bases.bind(&mut ctx, b, 0x9000);
+        bases.bind(&mut ctx, a, 0x20_1000);
+        ctx.select(0);
+        bases.select(0);
+        assert_eq!(settled(&ctx, b, 0), 0xa000);
+        bases.unbind_page(&mut ctx, 0x9123, false);
+        bases.unbind_page(&mut ctx, 0x3f_f000, true);
+        ctx.select(3);
+        assert_eq!((settled(&ctx, a, 0), settled(&ctx, b, 0)), (UNBOUND, UNBOUND));
+        ctx.select(0);
+        bases.unbind(&mut ctx, 0);
         assert_eq!(settled(&ctx, b, 0), UNBOUND);
         assert_eq!(ctx.load(BASES, 0), UNBOUND);
         assert_eq!(settled(&ctx, 0, 0x1234_5678), 0x1234_5678);

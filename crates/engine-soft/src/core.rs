@@ -12,10 +12,10 @@ use wardian_time::TimeBase;
 
 use crate::bases::Bases;
 use crate::ctx::{Ctx, CtxBox, VIEWS, View};
-use crate::mmu::Mmu;
 use crate::mode::Mode;
 use crate::shared::{Mailbox, Request, Shared};
 use crate::sys::straight::Straight;
+use crate::tlb::Mmu;
 use crate::trap::Trap;
 use crate::vcpu::Parts;
 
@@ -159,6 +159,7 @@ pub struct Counters {
     pub tlb_misses: u64,
     pub tlb_flushes: u64,
     pub page_invalidations: u64,
+    pub space_switches: u64,
     pub lookups: u64,
     pub interpreted: u64,
     pub exceptions: u64,
@@ -513,6 +514,6 @@ impl Core {
             self.watch.resize(4, (0, 0, false, false));
             self.watch.extend_from_slice(watchpoints);
         }
-        self.flush_tlb(crate::mmu::Flush::All);
+        self.flush_tlb(crate::tlb::Flush::All);
     }
 }

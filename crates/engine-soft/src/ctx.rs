@@ -1,9 +1,14 @@
 //! [`Ctx`]: the part of a vCPU that translated code addresses, and the TLB tables behind it.
 //!
-//! One anonymous mapping per vCPU: the context, then the tables. Host RBP points [`RBP_BIAS`] bytes into it:
-//! that makes the hot fields reachable by an 8-bit displacement, and RBP's low six bits are 12, so RBP itself
-//! is the shift count of the TLB probe (`shrx`).
+//! Host RBP points [`RBP_BIAS`] bytes into the context, the tables follow behind it: that makes the hot fields
+//! reachable by an 8-bit displacement, and RBP's low six bits are 12, so RBP itself is the shift count of the TLB
+//! probe (`shrx`).
+//!
+//! The user's tables and the bases exist once for each of the last few address spaces ([`SPACES`]). The context and the
+//! supervisor's tables are mapped beside each of them: to go from one address space to another is to
+//! change RBP.
 
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::AtomicU32;
 
 use wardian_cpu::EngineError;
@@ -20,6 +25,9 @@ pub const JUMP_ENTRIES: usize = 1 << 16;
 pub const BASE_ENTRIES: usize = 1 << 18;
 /// TLB and jump-cache views.
 pub const VIEWS: usize = 3;
+
+/// Address spaces whose user translations are kept.
+pub const SPACES: usize = 8;
 
 /// Which set of translations code uses: by privilege and, for the supervisor, whether user pages may be
 /// touched (SMAP off or EFLAGS.AC set).
@@ -109,8 +117,10 @@ pub struct Ctx {
     pub mode: Mode, // 296
     /// Not zero: an event waits for which the attention word was taken already, and which may only be held off by RFLAGS.
     pub held: u32, // 304
-    /// Explicit padding: the vector registers are aligned.
-    pub pad0: [u32; 3],
+    /// Explicit padding.
+    pub pad0: u32,
+    /// What RBP is to be: it changes with the address space.
+    pub rbp: u64, // 312
     /// Vector registers while a helper runs.
     pub vec: [[u8; 64]; 32], // 320
     /// AVX-512 mask registers likewise.
@@ -167,38 +177,77 @@ pub const fn jump_slot(linear: u64) -> usize {
 
 /// Owner of a vCPU's context and tables.
 pub struct CtxBox {
+    /// The mappings, one for each address space.
+    origin: *mut u8,
+    /// That of the address space in use.
     base: *mut u8,
 }
 
 // SAFETY: the mapping is private to its owner; only `attention` is touched by other threads, atomically.
 unsafe impl Send for CtxBox {}
 
+/// Bytes from one address space's mapping to the next.
+const SPACE_LEN: usize = CTX_LEN + VIEWS * VIEW_LEN + BASES_LEN;
+const BASES_LEN: usize = BASE_ENTRIES * 8;
+
 impl CtxBox {
-    const LEN: usize = CTX_LEN + VIEWS * VIEW_LEN + BASE_ENTRIES * 8;
+    const LEN: usize = SPACES * SPACE_LEN;
 
     /// A zeroed context with empty tables.
     pub fn new() -> Result<CtxBox, EngineError> {
-        // SAFETY: a fresh anonymous mapping; no pointer is passed in.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                Self::LEN,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
+        let host = || {
+            let error = std::io::Error::last_os_error();
+            EngineError::Host(format!("no address space for the vCPU's TLB ({error})"))
         };
-        if base == libc::MAP_FAILED {
-            return Err(EngineError::Host(format!(
-                "no address space for the vCPU's TLB ({})",
-                std::io::Error::last_os_error()
-            )));
+        // The context, the supervisor's tables, the user's tables and the bases of all spaces.
+        let shared = CTX_LEN + (VIEWS - 1) * VIEW_LEN;
+        let own = VIEW_LEN + BASES_LEN;
+        let bytes = shared + SPACES * own;
+        // SAFETY: plain system calls, whose results are checked before use; fixed mappings go only into the range that
+        // was reserved here.
+        unsafe {
+            let fd = libc::memfd_create(c"wardian-tlb".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(host());
+            }
+            let fd = OwnedFd::from_raw_fd(fd);
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            if libc::ftruncate(fd.as_raw_fd(), bytes as i64) != 0 {
+                return Err(host());
+            }
+            let origin = libc::mmap(std::ptr::null_mut(), Self::LEN, libc::PROT_NONE, flags, -1, 0);
+            if origin == libc::MAP_FAILED {
+                return Err(host());
+            }
+            let origin: *mut u8 = origin.cast();
+            let made = CtxBox { origin, base: origin };
+            for space in 0..SPACES {
+                for (at, len, from) in [
+                    (0, CTX_LEN, 0),
+                    (CTX_LEN, VIEW_LEN, shared + space * own),
+                    (CTX_LEN + VIEW_LEN, (VIEWS - 1) * VIEW_LEN, CTX_LEN),
+                    (CTX_LEN + VIEWS * VIEW_LEN, BASES_LEN, shared + space * own + VIEW_LEN),
+                ] {
+                    let address = origin.add(space * SPACE_LEN + at).cast();
+                    let (access, flags) =
+                        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+                    if libc::mmap(address, len, access, flags, fd.as_raw_fd(), from as i64)
+                        == libc::MAP_FAILED
+                    {
+                        return Err(host());
+                    }
+                }
+            }
+            // Huge pages would make the sparse tables resident.
+            libc::madvise(origin.cast(), Self::LEN, libc::MADV_NOHUGEPAGE);
+            Ok(made)
         }
-        // Huge pages would make the sparse tables resident.
-        // SAFETY: the range was just mapped.
-        unsafe { libc::madvise(base, Self::LEN, libc::MADV_NOHUGEPAGE) };
-        Ok(CtxBox { base: base.cast() })
+    }
+
+    /// From now on the user's tables are those of `space`. Translated code must take RBP from [`Ctx::rbp`] then.
+    pub fn select(&mut self, space: usize) {
+        self.base = self.base_of(space);
+        self.get_mut().rbp = self.base as u64 + RBP_BIAS as u64;
     }
 
     /// The context.
@@ -218,9 +267,10 @@ impl CtxBox {
         self.base.cast()
     }
 
-    fn at(&self, rbp_disp: i32, index: usize) -> *mut u64 {
-        // SAFETY: callers pass a table's displacement and an index below its length: inside the mapping.
-        unsafe { self.base.offset(RBP_BIAS as isize + rbp_disp as isize).cast::<u64>().add(index) }
+    fn at(&self, base: *mut u8, rbp_disp: i32, index: usize) -> *mut u64 {
+        // SAFETY: callers pass a mapping's base, a table's displacement and an index below its length: inside the
+        // mapping.
+        unsafe { base.offset(RBP_BIAS as isize + rbp_disp as isize).cast::<u64>().add(index) }
     }
 
     /// Reads entry `index` (masked) of the table at `table`.
@@ -228,20 +278,39 @@ impl CtxBox {
     pub fn load(&self, table: i32, index: usize) -> u64 {
         // SAFETY: see `at`; the index is masked to the smaller table size by callers of jumps and bases
         // and to TLB_ENTRIES here.
-        unsafe { self.at(table, index & (TLB_ENTRIES - 1)).read() }
+        unsafe { self.at(self.base, table, index & (TLB_ENTRIES - 1)).read() }
     }
 
     /// Writes entry `index` (masked) of the table at `table`.
     #[inline]
     pub fn store(&mut self, table: i32, index: usize, value: u64) {
         // SAFETY: as in `load`; exclusive borrow.
-        unsafe { self.at(table, index & (TLB_ENTRIES - 1)).write(value) }
+        unsafe { self.at(self.base, table, index & (TLB_ENTRIES - 1)).write(value) }
+    }
+
+    fn base_of(&self, space: usize) -> *mut u8 {
+        // SAFETY: the remainder makes it one of the mappings.
+        unsafe { self.origin.add(space % SPACES * SPACE_LEN) }
+    }
+
+    /// As [`CtxBox::load`], of address space `space`.
+    #[inline]
+    pub fn load_in(&self, space: usize, table: i32, index: usize) -> u64 {
+        // SAFETY: as in `load`.
+        unsafe { self.at(self.base_of(space), table, index & (TLB_ENTRIES - 1)).read() }
+    }
+
+    /// As [`CtxBox::store`], of address space `space`.
+    #[inline]
+    pub fn store_in(&mut self, space: usize, table: i32, index: usize, value: u64) {
+        // SAFETY: as in `store`.
+        unsafe { self.at(self.base_of(space), table, index & (TLB_ENTRIES - 1)).write(value) }
     }
 }
 
 impl Drop for CtxBox {
     fn drop(&mut self) {
         // SAFETY: the mapping made in `new`, not used after this.
-        unsafe { libc::munmap(self.base.cast(), Self::LEN) };
+        unsafe { libc::munmap(self.origin.cast(), Self::LEN) };
     }
 }

@@ -34,6 +34,7 @@ mod signals;
 mod state;
 mod sys;
 mod thunks;
+mod tlb;
 mod translate;
 mod trap;
 mod vcpu;

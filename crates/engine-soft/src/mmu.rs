@@ -1,4 +1,4 @@
-//! Paging: the page walk, the software TLB that translated code probes, and the fetch TLB.
+//! Paging: the page walk.
 //!
 //! Source: Intel SDM vol. 3A, chapter 5. Walks set accessed and dirty bits by compare-exchange, check reserved
 //! bits, and honour NX, WP, SMEP, SMAP and the page-size bits in 32-bit, PAE and 4-level paging.
@@ -9,19 +9,8 @@ use wardian_cpu::bits::{cr0, cr4, efer};
 use wardian_memory::{Gpa, GuestMemory};
 
 use crate::core::{Core, Privilege};
-use crate::ctx::{self, CtxBox, JUMP_ENTRIES, TLB_ENTRIES, VIEWS, View};
+use crate::tlb::{FetchPage, Flush};
 use crate::trap::{Result, Trap};
-
-/// What to forget.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flush {
-    /// Everything, global translations too.
-    All,
-    /// Everything but global translations.
-    NonGlobal,
-    /// The translations of one linear page.
-    Page(u64),
-}
 
 /// What an access wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,248 +32,11 @@ pub struct Translation {
     pub writable: bool,
     /// Survives a flush of non-global translations.
     pub global: bool,
-    /// Mapped by a page larger than 4 KiB.
-    pub large: bool,
-}
-
-/// A fetch translation: RAM page and host address.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct FetchPage {
-    tag: u64,
-    epoch: u64,
-    /// Number of the RAM page.
-    pub page: usize,
-    /// Host address of its first byte.
-    pub host: usize,
-    /// Global translation.
-    pub global: bool,
-}
-
-const FETCH_ENTRIES: usize = 1024;
-const LOG_LIMIT: usize = 1 << 18;
-const BLOOM: usize = 4096;
-
-/// Book-keeping of one vCPU's TLB.
-pub struct Mmu {
-    /// Filled indices by view: non-global, global.
-    log: [[Vec<u32>; 2]; VIEWS],
-    jump_log: [[Vec<u16>; 2]; VIEWS],
-    /// Linear pages (hashed) with slots in any jump cache.
-    jump_bloom: [u64; BLOOM / 64],
-    /// Address of the thunk that empty jump-cache slots lead to.
-    jump_miss: u64,
-    fetch: Box<[FetchPage]>,
-    epoch: u64,
-    /// RAM pages that may have live write entries.
-    write_seen: Vec<u64>,
-    /// Linear ranges covered by large pages since the last flush: lower half, upper half.
-    large: [(u64, u64); 2],
-}
-
-/// The value that never matches a probe of slot `index`.
-fn invalid(index: usize) -> u64 {
-    if index == 0 { 1 << 12 } else { 0 }
-}
-
-impl Mmu {
-    /// Empties `ctx`'s tables; `jump_miss` is where an empty jump slot leads.
-    pub fn new(ctx: &mut CtxBox, mem: &GuestMemory, jump_miss: u64) -> Mmu {
-        let mut mmu = Mmu {
-            log: Default::default(),
-            jump_log: Default::default(),
-            jump_bloom: [0; BLOOM / 64],
-            jump_miss,
-            fetch: vec![FetchPage::default(); FETCH_ENTRIES].into_boxed_slice(),
-            epoch: 1,
-            write_seen: vec![0; (mem.size() / 4096).div_ceil(64) as usize],
-            large: [(u64::MAX, 0); 2],
-        };
-        for view in [View::User, View::Kernel, View::KernelUser] {
-            ctx.store(ctx::tag_read(view), 0, invalid(0));
-            ctx.store(ctx::tag_write(view), 0, invalid(0));
-            for slot in 0..JUMP_ENTRIES {
-                ctx.store(ctx::jumps(view), slot, jump_miss);
-            }
-        }
-        mmu.log[0][0].reserve(4096);
-        mmu
-    }
-
-    fn index(linear: u64) -> usize {
-        (linear >> 12) as usize & (TLB_ENTRIES - 1)
-    }
-
-    /// The host address of `linear`, if `view` has an entry for such an access.
-    #[inline]
-    pub fn lookup(&self, ctx: &CtxBox, view: View, linear: u64, write: bool) -> Option<usize> {
-        let index = Self::index(linear);
-        let table = if write { ctx::tag_write(view) } else { ctx::tag_read(view) };
-        (ctx.load(table, index) == linear & !0xfff)
-            .then(|| (ctx.load(ctx::addend(view), index) + (linear & 0xfff)) as usize)
-    }
-
-    fn drop_entry(ctx: &mut CtxBox, view: View, index: usize) {
-        ctx.store(ctx::tag_read(view), index, invalid(index));
-        ctx.store(ctx::tag_write(view), index, invalid(index));
-    }
-
-    fn flush_log(&mut self, ctx: &mut CtxBox, view: View, global: usize) {
-        let log = &mut self.log[view as usize][global];
-        for index in log.drain(..) {
-            Self::drop_entry(ctx, view, index as usize);
-        }
-    }
-
-    fn flush_jumps(&mut self, ctx: &mut CtxBox, view: View, global: usize) {
-        let miss = self.jump_miss;
-        for slot in self.jump_log[view as usize][global].drain(..) {
-            ctx.store(ctx::jumps(view), slot as usize, miss);
-        }
-    }
-
-    const ALL_VIEWS: [View; VIEWS] = [View::User, View::Kernel, View::KernelUser];
-
-    /// Forgets.
-    pub fn flush(&mut self, ctx: &mut CtxBox, what: Flush) {
-        self.epoch += 1;
-        match what {
-            Flush::All => {
-                for view in Self::ALL_VIEWS {
-                    for global in 0..2 {
-                        self.flush_log(ctx, view, global);
-                        self.flush_jumps(ctx, view, global);
-                    }
-                }
-                self.jump_bloom = [0; BLOOM / 64];
-                self.large = [(u64::MAX, 0); 2];
-            }
-            Flush::NonGlobal => {
-                for view in Self::ALL_VIEWS {
-                    self.flush_log(ctx, view, 0);
-                    self.flush_jumps(ctx, view, 0);
-                }
-                self.large[0] = (u64::MAX, 0);
-            }
-            Flush::Page(linear) => {
-                let half = &self.large[(linear >> 63) as usize];
-                if (half.0..half.1).contains(&linear) {
-                    return self.flush(ctx, Flush::All);
-                }
-                let page = linear & !0xfff;
-                let index = Self::index(linear);
-                for view in Self::ALL_VIEWS {
-                    if ctx.load(ctx::tag_read(view), index) == page
-                        || ctx.load(ctx::tag_write(view), index) == page
-                    {
-                        Self::drop_entry(ctx, view, index);
-                    }
-                }
-                if self.bloom(page, false) {
-                    self.drop_jumps(ctx);
-                }
-            }
-        }
-    }
-
-    /// Forgets every jump-cache slot.
-    pub fn drop_jumps(&mut self, ctx: &mut CtxBox) {
-        for view in Self::ALL_VIEWS {
-            self.flush_jumps(ctx, view, 0);
-            self.flush_jumps(ctx, view, 1);
-        }
-        self.jump_bloom = [0; BLOOM / 64];
-    }
-
-    fn bloom(&mut self, page: u64, set: bool) -> bool {
-        let hash = ((page >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52) as usize % BLOOM;
-        let word = &mut self.jump_bloom[hash / 64];
-        let old = *word & (1 << (hash % 64)) != 0;
-        if set {
-            *word |= 1 << (hash % 64);
-        }
-        old
-    }
-
-    /// Remembers that indirect jumps to `linear` in `view` lead to `code`, which may be floating.
-    pub fn set_jump(
-        &mut self,
-        ctx: &mut CtxBox,
-        view: View,
-        linear: u64,
-        code: u64,
-        (global, floating): (bool, bool),
-    ) {
-        let slot = ctx::jump_slot(linear);
-        let log = &mut self.jump_log[view as usize][usize::from(global)];
-        if log.len() >= LOG_LIMIT {
-            self.drop_jumps(ctx);
-        }
-        self.jump_log[view as usize][usize::from(global)].push(slot as u16);
-        if !floating {
-            self.bloom(linear & !0xfff, true);
-        }
-        ctx.store(ctx::jumps(view), slot, code);
-    }
-
-    /// Fills the TLB of `view` for the page of `linear`, which lies at host address `host`.
-    pub fn fill(
-        &mut self,
-        ctx: &mut CtxBox,
-        view: View,
-        linear: u64,
-        t: &Translation,
-        (page, host): (usize, usize),
-        write: bool,
-    ) {
-        let index = Self::index(linear);
-        let tag = linear & !0xfff;
-        ctx.store(ctx::tag_read(view), index, tag);
-        ctx.store(ctx::tag_write(view), index, if write { tag } else { invalid(index) });
-        ctx.store(ctx::addend(view), index, host as u64);
-        if write {
-            self.write_seen[page / 64] |= 1 << (page % 64);
-        }
-        if t.large {
-            let half = &mut self.large[(linear >> 63) as usize];
-            // The largest page is 1 GiB; a range that covers it whole is safe.
-            half.0 = half.0.min(linear & !0x3fff_ffff);
-            half.1 = half.1.max((linear | 0x3fff_ffff).saturating_add(1));
-        }
-        let log = &mut self.log[view as usize][usize::from(t.global)];
-        log.push(index as u32);
-        if log.len() > LOG_LIMIT {
-            self.flush_log(ctx, view, usize::from(t.global));
-        }
-    }
-
-    /// Takes the write permission from every entry that leads to RAM page `page` at `host`. Says whether there
-    /// was one.
-    pub fn forbid_writes(&mut self, ctx: &mut CtxBox, page: usize, host: usize) -> bool {
-        let word = &mut self.write_seen[page / 64];
-        if *word & (1 << (page % 64)) == 0 {
-            return false;
-        }
-        *word &= !(1 << (page % 64));
-        let mut found = false;
-        for view in Self::ALL_VIEWS {
-            for log in &self.log[view as usize] {
-                for index in log {
-                    let index = *index as usize;
-                    if ctx.load(ctx::addend(view), index) == host as u64
-                        && ctx.load(ctx::tag_write(view), index) != invalid(index)
-                    {
-                        ctx.store(ctx::tag_write(view), index, invalid(index));
-                        found = true;
-                    }
-                }
-            }
-        }
-        found
-    }
+    /// Logarithm of the size of the page that maps it.
+    pub shift: u32,
 }
 
 struct Levels {
-    large: bool,
     writable: bool,
     user: bool,
     nx: bool,
@@ -327,11 +79,47 @@ impl Core {
     /// Forgets translations.
     pub fn flush_tlb(&mut self, what: Flush) {
         match what {
-            Flush::Page(_) => self.counters.page_invalidations += 1,
+            Flush::Page(_) | Flush::PageOf(..) => self.counters.page_invalidations += 1,
             _ => self.counters.tlb_flushes += 1,
         }
-        self.bases.flush(&mut self.ctx, what);
+        match what {
+            Flush::All | Flush::NonGlobal => self.bases.unbind_all(&mut self.ctx),
+            Flush::Space(pcid) => {
+                if let Some(space) = self.mmu.space_of(pcid) {
+                    self.bases.unbind(&mut self.ctx, space);
+                }
+            }
+            Flush::Page(linear) | Flush::PageOf(_, linear) => match self.mmu.user_size(linear) {
+                12 => self.bases.unbind_page(&mut self.ctx, linear, false),
+                21 => self.bases.unbind_page(&mut self.ctx, linear, true),
+                _ => self.bases.unbind_all(&mut self.ctx),
+            },
+        }
         self.mmu.flush(&mut self.ctx, what);
+        if what == Flush::All {
+            let pcid = self.pcid();
+            self.mmu.label(pcid);
+        }
+    }
+
+    /// The current address space's number.
+    pub fn pcid(&self) -> u16 {
+        if self.sys.cr4 & cr4::PCIDE != 0 { self.sys.cr3 as u16 & 0xfff } else { 0 }
+    }
+
+    /// CR3 was loaded. `keep`: without forgetting what is known of that address space.
+    pub fn switch_space(&mut self, keep: bool) {
+        let pcid = self.pcid();
+        if let Some((space, known)) = self.mmu.select(&mut self.ctx, pcid) {
+            self.counters.space_switches += 1;
+            self.bases.select(space);
+            if !known {
+                self.bases.unbind(&mut self.ctx, space);
+            }
+        }
+        if !keep {
+            self.flush_tlb(Flush::Space(pcid));
+        }
     }
 
     fn max_phys_mask(&self) -> u64 {
@@ -349,7 +137,7 @@ impl Core {
         };
         if self.sys.cr0 & cr0::PG == 0 {
             let gpa = linear & 0xffff_ffff;
-            return Ok(Translation { gpa, writable: true, global: false, large: false });
+            return Ok(Translation { gpa, writable: true, global: false, shift: 12 });
         }
         let smap = self.sys.cr4 & cr4::SMAP != 0
             && !user
@@ -389,7 +177,7 @@ impl Core {
             code |= 16;
         }
         let phys = self.max_phys_mask();
-        let mut perm = Levels { large: false, writable: true, user: true, nx: false, global: false };
+        let mut perm = Levels { writable: true, user: true, nx: false, global: false };
         let (mut table, mut level) = if self.long_mode() {
             (self.sys.cr3 & phys & !0xfff, 4)
         } else if pae {
@@ -459,7 +247,6 @@ impl Core {
                 continue;
             }
             perm.global = entry & 0x100 != 0 && self.sys.cr4 & cr4::PGE != 0;
-            perm.large = level > 1;
             let wp = self.sys.cr0 & cr0::WP != 0;
             let denied = match want {
                 Want::Read => (user && !perm.user) || (smap && perm.user),
@@ -494,7 +281,7 @@ impl Core {
                 gpa: base | (linear & page_mask),
                 writable: writable_now && dirty,
                 global: perm.global,
-                large: perm.large,
+                shift,
             }));
         }
     }
@@ -504,21 +291,16 @@ impl Core {
     /// # Errors
     /// #PF of the fetch; #GP when the page is not RAM (code in device memory is not carried).
     pub fn fetch_page(&mut self, linear: u64) -> Result<FetchPage> {
-        let page = linear & !0xfff;
-        let user = u64::from(self.sys.cpl == 3);
-        let tag = page | user;
-        let epoch = self.mmu.epoch;
-        let slot = (linear >> 12) as usize % FETCH_ENTRIES;
-        if self.mmu.fetch[slot].tag == tag && self.mmu.fetch[slot].epoch == epoch {
-            return Ok(self.mmu.fetch[slot]);
+        let user = self.sys.cpl == 3;
+        if let Some(found) = self.mmu.fetched(linear, user) {
+            return Ok(found);
         }
         let t = self.walk(linear, Want::Fetch, Privilege::Current)?;
-        let Some((ram_page, host)) = self.mem.page(Gpa(t.gpa)) else {
+        let Some((page, host)) = self.mem.page(Gpa(t.gpa)) else {
             return Err(Trap::gp(0));
         };
-        let found = FetchPage { tag, epoch, page: ram_page, host, global: t.global };
-        self.mmu.fetch[slot] = found;
-        Ok(found)
+        let view = self.view();
+        Ok(self.mmu.fill_fetch(view, linear, user, &t, (page, host)))
     }
 }
 

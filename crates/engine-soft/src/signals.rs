@@ -6,7 +6,7 @@ use std::sync::Once;
 use crate::bases;
 use crate::blocks::Blocks;
 use crate::code::CodeMemory;
-use crate::ctx::{Ctx, RBP_BIAS};
+use crate::ctx::Ctx;
 
 /// What the handler needs to know of the vCPU that runs on this thread.
 #[derive(Clone, Copy)]
@@ -41,8 +41,8 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
                 let rip = if mark.base == 0 {
                     mark.rip
                 } else {
-                    let place = RBP_BIAS + bases::disp(mark.base);
-                    let base = running.ctx.cast::<u8>().offset(place as isize).cast::<u64>().read();
+                    let rbp = (*running.ctx).rbp as *const u8;
+                    let base = rbp.offset(bases::disp(mark.base) as isize).cast::<u64>().read();
                     base.wrapping_add(mark.rip & 0xfff)
                 };
                 let trap = regs[libc::REG_TRAPNO as usize] as u64;

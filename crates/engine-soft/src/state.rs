@@ -7,9 +7,9 @@ use wardian_cpu::{CpuState, InvalidState, Msr, Segment};
 use wardian_time::paravirt as pv;
 
 use crate::core::{Core, System, seg};
-use crate::mmu::Flush;
 use crate::sys::msr::{MISC_RESET, PAT_RESET, fixed_mtrr, misc_value, mtrr_allowed, pat_allowed};
 use crate::sys::{canonical, control};
+use crate::tlb::Flush;
 
 /// Bits of RFLAGS that exist.
 const RFLAGS_DEFINED: u64 = 0x003f_7fd7;

@@ -302,6 +302,8 @@ fn write_all(code: &mut CodeMemory) -> Result<Thunks, IcedError> {
         a.mov(esi, r14d)?;
         a.mov(rax, straight::helper as *const () as u64)?;
         a.call(rax)?;
+        // The address space may be another now.
+        a.mov(rbp, qword_ptr(field!(rbp)))?;
         a.test(rax, rax)?;
         a.je(leave)?;
         a.mov(r14, rax)?;

@@ -19,7 +19,7 @@ use wardian_time::{Nanos, RunDelay, TimeBase, host_ticks, ticks_to_nanos};
 use crate::bases;
 use crate::blocks::{BlockId, FLOATING};
 use crate::core::Core;
-use crate::ctx::{Leave, RBP_BIAS};
+use crate::ctx::Leave;
 use crate::decode::{Class, CodeTable};
 use crate::mode::Mode;
 use crate::shared::{KICKED, Mailbox, RECHECK, REQUESTS, Request, STOP, Shared};
@@ -131,7 +131,7 @@ impl SoftVcpu {
                 }
                 Request::Everything => {
                     self.forget_code();
-                    self.core.flush_tlb(crate::mmu::Flush::All);
+                    self.core.flush_tlb(crate::tlb::Flush::All);
                     self.shared.post(Request::ForgetCode, Some(&self.mailbox));
                 }
                 Request::ForgetCode => self.forget_code(),
@@ -194,7 +194,7 @@ impl SoftVcpu {
                 return Err(sys::deliver::TripleFault);
             }
             core.sys.activity = if core.index == 0 { Activity::Running } else { Activity::WaitForSipi };
-            core.flush_tlb(crate::mmu::Flush::All);
+            core.flush_tlb(crate::tlb::Flush::All);
         }
         if core.sys.activity == Activity::WaitForSipi {
             if let Some(vector) = core.irq.take_startup() {
@@ -327,7 +327,7 @@ impl SoftVcpu {
     fn enter(&mut self, offset: u32) {
         let core = &mut *self.core;
         core.counters.entries += 1;
-        let rbp = core.ctx.as_ptr() as u64 + RBP_BIAS as u64;
+        let rbp = core.c().rbp;
         let code = self.translator.code.exec(offset);
         let enter = self.translator.code.exec(self.translator.thunks.enter);
         // SAFETY: `enter` is the thunk written by `thunks::write` with this signature; it saves every callee-saved
@@ -752,7 +752,7 @@ impl Vcpu for SoftVcpu {
         state::restore(&mut self.core, new)?;
         (self.interrupt_owed, self.nmi_owed) = (new.interrupt_owed, new.nmi_owed);
         fpu::spread(&mut self.core);
-        self.core.flush_tlb(crate::mmu::Flush::All);
+        self.core.flush_tlb(crate::tlb::Flush::All);
         self.core.mode_dirty = true;
         self.core.journal.clear();
         self.core.out.clear();
@@ -818,6 +818,7 @@ impl Vcpu for SoftVcpu {
             ("tlb_misses", c.tlb_misses),
             ("tlb_flushes", c.tlb_flushes),
             ("page_invalidations", c.page_invalidations),
+            ("space_switches", c.space_switches),
             ("interpreted", c.interpreted),
             ("syscalls", c.syscalls),
             ("exceptions", c.exceptions),

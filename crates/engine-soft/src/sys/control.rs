@@ -16,8 +16,8 @@ use super::{
 };
 use crate::access::segment_number;
 use crate::core::{Core, Privilege, seg};
-use crate::mmu::Flush;
 use crate::shared::RECHECK;
+use crate::tlb::Flush;
 use crate::trap::{Result, Trap};
 
 const CR0_DEFINED: u64 = cr0::PE
@@ -115,7 +115,7 @@ pub(crate) fn write_cr3(core: &mut Core, value: u64) -> Result<()> {
             check_pdptes(core, value)?;
         }
         core.sys.cr3 = value;
-        core.flush_tlb(Flush::NonGlobal);
+        core.switch_space(false);
         return Ok(());
     }
     let keep = pcid && value >> 63 != 0;
@@ -123,11 +123,8 @@ pub(crate) fn write_cr3(core: &mut Core, value: u64) -> Result<()> {
     if value >> core.model.physical_bits() != 0 {
         return Err(Trap::gp(0));
     }
-    let same = core.sys.cr3 == value;
     core.sys.cr3 = value;
-    if !(keep && same) {
-        core.flush_tlb(Flush::NonGlobal);
-    }
+    core.switch_space(keep);
     Ok(())
 }
 
@@ -424,15 +421,12 @@ pub(crate) fn invpcid(core: &mut Core, insn: &Instruction) -> Result<()> {
     if kind > 3 || bad_pcid || (kind == 0 && !canonical(linear)) {
         return Err(Trap::gp(0));
     }
-    // Translations of other address spaces are not kept, so what concerns only them is done already.
-    let current = !pcide || core.sys.cr3 & 0xfff == pcid;
-    match kind {
-        0 if current => core.flush_tlb(Flush::Page(linear)),
-        1 if current => core.flush_tlb(Flush::NonGlobal),
-        2 => core.flush_tlb(Flush::All),
-        3 => core.flush_tlb(Flush::NonGlobal),
-        _ => {}
-    }
+    core.flush_tlb(match kind {
+        0 => Flush::PageOf(pcid as u16, linear),
+        1 => Flush::Space(pcid as u16),
+        2 => Flush::All,
+        _ => Flush::NonGlobal,
+    });
     advance(core, insn);
     Ok(())
 }

@@ -12,7 +12,7 @@ use wardian_time::paravirt as pv;
 use super::control::set_edx_eax;
 use super::{advance, canonical, descriptor, need_cpl0, paravirt};
 use crate::core::{Core, seg};
-use crate::mmu::Flush;
+use crate::tlb::Flush;
 use crate::trap::{Result, Trap};
 
 const PLATFORM_ID: u32 = 0x17;

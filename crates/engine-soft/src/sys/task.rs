@@ -7,7 +7,7 @@ use super::deliver::Injection;
 use super::descriptor::{self, Entry, code_of, is_null, kind};
 use super::stack::{self, Frame, Target};
 use crate::core::{Core, Privilege, seg};
-use crate::mmu::Flush;
+use crate::tlb::Flush;
 use crate::trap::{Result, Trap};
 
 /// What switches the task.

@@ -6,7 +6,7 @@ use wardian_cpu::{Exit, Segment};
 use wardian_memory::{Gpa, GuestMemory};
 
 use crate::core::{Core, seg};
-use crate::mmu::Flush;
+use crate::tlb::Flush;
 use crate::trap::{Exception, Result, Trap};
 
 /// Where the page tables of `core64` lie.
