@@ -69,6 +69,7 @@ fn main() {
     code();
     other_spaces();
     pcid();
+    kept_spaces();
 }
 
 fn bits_4k() {
@@ -473,6 +474,114 @@ fn pcid() {
     } else {
         report::skip("INVPCID", "the processor has none");
     }
+    cpu::set_cr3(first);
+    cpu::set_cr4(cr4);
+}
+
+/// What the user calls at `at` returns, or the vector of its trap above bit 32.
+fn user_call(at: u64) -> u64 {
+    let t = user(call_it, at);
+    if t.frame.vector == DONE { t.frame.rax } else { t.frame.vector << 32 }
+}
+
+/// The user's translations and jumps of several address spaces at once: none may be kept longer than its PCID allows.
+fn kept_spaces() {
+    if cpu::cpuid(1, 0)[2] & 1 << 17 == 0 || cpu::cpuid(7, 0)[1] & 1 << 10 == 0 {
+        report::skip("kept spaces", "the processor has no PCID or no INVPCID");
+        return;
+    }
+    const RIGHTS: u64 = P | W | U;
+    let (at, shared) = (TEST + (14 << 30), TEST + (15 << 30));
+    let frames = [fresh(), fresh(), fresh()];
+    for (n, frame) in frames.into_iter().enumerate() {
+        function(frame, n as u32 + 1);
+    }
+    let [one, two, three] = frames;
+    map(at, 1, one | RIGHTS);
+    map(shared, 1, one | RIGHTS | G);
+    let (first, cr4) = (cpu::cr3() & ADDRESS, cpu::cr4());
+    let second = second_space(at, two | RIGHTS);
+    let set = |linear: u64, entry: u64| {
+        // SAFETY: a valid slot.
+        unsafe { page::entry(linear, 1).write_volatile(entry | RIGHTS) }
+    };
+    let invalidate = |kind: u64, pcid: u64, address: u64| {
+        let words = [pcid, address];
+        // SAFETY: only drops translations.
+        unsafe { core::arch::asm!("invpcid {}, [{}]", in(reg) kind, in(reg) words.as_ptr()) };
+    };
+    let keep = 1 << 63;
+    cpu::set_cr4(cr4 | 1 << 17 | 1 << 7);
+    cpu::set_cr3(first | 1);
+    cpu::set_cr3(second | 2);
+    let mut sum = 0;
+    for _ in 0..50 {
+        cpu::set_cr3(first | 1 | keep);
+        sum += user_call(at);
+        cpu::set_cr3(second | 2 | keep);
+        sum += user_call(at) << 16;
+    }
+    eq("user's code in two spaces", 50 | 100 << 16, sum);
+    // Many more spaces than anybody keeps.
+    let mut good = true;
+    for round in 0..3 {
+        for pcid in 3..40 {
+            let (root, value) = if pcid & 1 == 0 { (second, 2) } else { (first, 1) };
+            cpu::set_cr3(root | pcid | if round == 0 { 0 } else { keep });
+            good &= user_call(at) == value;
+        }
+    }
+    check("user's code in 40 spaces", good);
+    for (what, frame, kind, pcid) in [
+        ("another PCID: one address", three, 0, 1),
+        ("another PCID: all of it", one, 1, 1),
+        ("another PCID: everything but globals", three, 3, 0),
+        ("another PCID: everything", one, 2, 0),
+    ] {
+        cpu::set_cr3(first | 1 | keep);
+        user_call(at);
+        cpu::set_cr3(second | 2 | keep);
+        user_call(at);
+        set(at, frame);
+        invalidate(kind, pcid, at);
+        eq("  the other space's stays", 2, user_call(at));
+        cpu::set_cr3(first | 1 | keep);
+        eq(what, if frame == one { 1 } else { 3 }, user_call(at));
+    }
+    cpu::set_cr3(second | 2 | keep);
+    set(at, three);
+    cpu::set_cr3(first | 1);
+    eq("load without bit 63 drops the user's", 3, user_call(at));
+    // A global page is everybody's, and so is its end.
+    eq("global: before", 1, user_call(shared));
+    cpu::set_cr3(second | 2 | keep);
+    user_call(shared);
+    set(shared, two | G);
+    cpu::invlpg(shared);
+    eq("global: INVLPG", 2, user_call(shared));
+    cpu::set_cr3(first | 1 | keep);
+    eq("global: INVLPG in another space", 2, user_call(shared));
+    set(shared, three | G);
+    invalidate(2, 0, 0);
+    cpu::set_cr3(second | 2 | keep);
+    eq("global: INVPCID in another space", 3, user_call(shared));
+    // Any address drops a large page whole.
+    let (large, inside) = (TEST + (16 << 30), 0x1f_ffff);
+    cpu::set_cr3(first | 1 | keep);
+    map(large, 2, one & !inside | RIGHTS | LARGE);
+    eq("large: one page", 1, user_call(large + (one & inside)));
+    // SAFETY: a valid slot.
+    unsafe { page::entry(large, 2).write_volatile(0) };
+    cpu::invlpg(large + ((one & inside) ^ 0x10_0000));
+    eq("large: INVLPG elsewhere in it", 14 << 32, user_call(large + (one & inside)));
+    cpu::set_cr3(first);
+    cpu::set_cr4(cr4);
+    // PCIDs mean nothing now; used again, they start anew.
+    set(at, two);
+    cpu::set_cr3(first);
+    cpu::set_cr4(cr4 | 1 << 17);
+    cpu::set_cr3(first | 1 | keep);
+    eq("PCIDE off and on drops all", 2, user_call(at));
     cpu::set_cr3(first);
     cpu::set_cr4(cr4);
 }
