@@ -89,8 +89,10 @@ pub enum Slow {
     Hit = 0,
     /// R13 + R14 is the host address; run the instruction and then commit.
     Commit = 1,
-    /// Leave: [`Core::trap`] says why.
-    Leave = 2,
+    /// An exception was delivered: go on with the code at `Ctx::ret[0]`.
+    Go = 2,
+    /// Leave: [`Ctx::leave`](crate::ctx::Ctx) says why.
+    Leave = 3,
 }
 
 /// Whether `linear` is canonical for 48-bit linear addresses.
@@ -428,8 +430,16 @@ impl Core {
                 let ctx = self.ctx.get_mut();
                 ctx.rip = site.rip();
                 ctx.budget += i64::from(ctx.left);
-                self.trap = Some(trap);
-                Slow::Leave
+                match self.deliver_straight(trap) {
+                    Ok(code) => {
+                        self.ctx.get_mut().ret[0] = code;
+                        Slow::Go
+                    }
+                    Err(leave) => {
+                        self.ctx.get_mut().leave = leave as u32;
+                        Slow::Leave
+                    }
+                }
             }
         }
     }

@@ -5,13 +5,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use wardian_cpu::bits::{cr0, cr4, efer, rflags};
-use wardian_cpu::{Activity, CpuModel, DescriptorTable, EngineError, Exit, Segment};
+use wardian_cpu::{Activity, CpuModel, CpuidContext, DescriptorTable, EngineError, Exit, Segment};
 use wardian_irq::LocalInterrupts;
 use wardian_memory::GuestMemory;
 use wardian_time::TimeBase;
 
 use crate::bases::Bases;
-use crate::ctx::{Ctx, CtxBox, VIEWS, View};
+use crate::ctx::{Ctx, CtxBox, LEAVES, VIEWS, View};
 use crate::mode::Mode;
 use crate::shared::{Mailbox, Request, Shared};
 use crate::sys::straight::Straight;
@@ -139,6 +139,8 @@ pub struct Core {
     pub counters: Counters,
     /// Bits of a physical address that exist.
     pub phys_mask: u64,
+    /// What CPUID says of each XSAVE component from 2 on (leaf 0Dh).
+    pub components: [[u32; 4]; 16],
     /// 1 GiB pages exist.
     pub gib_pages: bool,
     /// Count of retired instructions at which the budget in the context is used up, where they are counted.
@@ -161,6 +163,10 @@ pub struct Counters {
     pub page_invalidations: u64,
     pub space_switches: u64,
     pub lookups: u64,
+    /// Why translated code was left, by [`Leave`].
+    pub left: [u64; LEAVES],
+    /// Indirect jumps whose slot of the jump cache was another's.
+    pub jump_conflicts: u64,
     pub interpreted: u64,
     pub exceptions: u64,
     pub interrupts: u64,
@@ -290,6 +296,11 @@ impl Core {
         let (tsc, stops) = self.time.tsc_and_stops();
         self.notice(stops);
         tsc.wrapping_add(self.sys.tsc_adjust)
+    }
+
+    /// Whether instructions are counted.
+    pub(crate) fn is_counted(&self) -> bool {
+        self.clock.is_some()
     }
 
     /// Instructions retired so far, where they are counted.
@@ -433,6 +444,9 @@ impl Core {
             sys: System::blank(),
             mmu,
             phys_mask: (1u64 << parts.model.physical_bits()) - 1,
+            components: std::array::from_fn(|n| {
+                parts.model.cpuid(0xd, n as u32, &CpuidContext { osxsave: true, ..CpuidContext::default() })
+            }),
             gib_pages: parts.model.has(wardian_cpu::Feature::Pdpe1gb),
             goal: 0,
             clock: parts.time.is_counted().then_some(0),

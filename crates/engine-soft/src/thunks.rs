@@ -7,7 +7,7 @@ use wardian_cpu::EngineError;
 use crate::access::{Site, Slow};
 use crate::code::CodeMemory;
 use crate::core::Core;
-use crate::ctx::{Ctx, LEAVES, Leave, RBP_BIAS, disp};
+use crate::ctx::{Ctx, LEAVES, RBP_BIAS, disp};
 use crate::sys::straight;
 
 /// Offsets of the thunks in code memory.
@@ -236,7 +236,7 @@ fn write_all(code: &mut CodeMemory) -> Result<Thunks, IcedError> {
     }
     t.slow = at;
     at = build(code, at, |a| {
-        let (mut leave, mut commit) = (a.create_label(), a.create_label());
+        let (mut leave, mut commit, mut out) = (a.create_label(), a.create_label(), a.create_label());
         save_gprs(a)?;
         a.mov(ebx, dword_ptr(field!(high_live)))?;
         vectors(a, true)?;
@@ -266,8 +266,15 @@ fn write_all(code: &mut CodeMemory) -> Result<Thunks, IcedError> {
         a.add(qword_ptr(rsp), 5)?;
         a.ret()?;
         a.set_label(&mut leave)?;
-        // The vectors are in the context as well as in the registers; nothing but the reason is left to say.
-        a.mov(dword_ptr(field!(leave)), Leave::Trap as u32)?;
+        // The vectors are in the context as well as in the registers. (An exception whose delivery was the instruction's
+        // end goes on straight; vector registers 16-31 stay in the context until a block needs them.)
+        a.cmp(r14d, Slow::Leave as u32)?;
+        a.je(out)?;
+        a.mov(rsp, qword_ptr(field!(host_rsp)))?;
+        load_gprs(a)?;
+        a.mov(r13, qword_ptr(field!(rip)))?;
+        a.jmp(qword_ptr(field!(ret)))?;
+        a.set_label(&mut out)?;
         a.jmp(tail_address)
     })?;
     t.commit = at;

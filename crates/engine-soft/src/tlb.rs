@@ -457,6 +457,11 @@ impl Mmu {
         }
     }
 
+    /// Whether the slot for indirect jumps to `linear` is filled.
+    pub fn jump_taken(&self, ctx: &CtxBox, view: View, linear: u64) -> bool {
+        ctx.load(ctx::jumps(view), ctx::jump_slot(linear)) != self.jump_miss
+    }
+
     /// Remembers that indirect jumps to `linear` in `view` lead to `code`.
     pub fn set_jump(&mut self, ctx: &mut CtxBox, view: View, linear: u64, code: u64, kind: Jump) {
         let (slot, number) = (ctx::jump_slot(linear), self.book(view));

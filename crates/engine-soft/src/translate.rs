@@ -24,7 +24,7 @@ use crate::bases::{self, Base};
 use crate::blocks::{Block, BlockId, Blocks, Mark};
 use crate::code::{CODE_LEN, COLD_START, CodeMemory, MARGIN};
 use crate::core::Core;
-use crate::ctx::Leave;
+use crate::ctx::{self, Leave, View};
 use crate::decode::{Class, CodeInfo, CodeTable, Unit};
 use crate::emit::{Cursor, reg::T0, reg::T1};
 use crate::mode::Mode;
@@ -203,6 +203,19 @@ impl Translator {
             jump_at(code, block.head, block.attention);
         });
         count
+    }
+
+    /// Has the jump at `site`, which cannot be chained, go to `target` by the jump cache.
+    pub fn detour(&mut self, site: u32, target: u64, view: View) {
+        if !self.has_room() {
+            return;
+        }
+        let at = self.cold;
+        let mut c = Cursor::new(&mut self.code, at);
+        c.mov_imm(T0, target);
+        c.jump_slot(ctx::jumps(view), ctx::jump_slot(target));
+        self.cold = c.pos();
+        c.memory().patch(site, at);
     }
 
     /// Has the edge whose compare is at `compare` lead to the floating block at `head`, in the page of `base`.

@@ -19,12 +19,13 @@ use wardian_time::{Nanos, RunDelay, TimeBase, host_ticks, ticks_to_nanos};
 use crate::bases;
 use crate::blocks::{BlockId, FLOATING};
 use crate::core::Core;
-use crate::ctx::Leave;
+use crate::ctx::{LEAVES, Leave};
 use crate::decode::{Class, CodeTable};
 use crate::mode::Mode;
 use crate::shared::{KICKED, Mailbox, RECHECK, REQUESTS, Request, STOP, Shared};
 use crate::signals::{self, Running};
 use crate::sys::{self, Event};
+use crate::tlb::Jump;
 use crate::translate::{Translator, gated, treatment};
 use crate::trap::{Result, Trap};
 use crate::{fpu, state};
@@ -35,6 +36,19 @@ const REFRESH: Nanos = Nanos(10_000_000);
 /// A vCPU that took no interrupt for so long, mostly because the host did not run its thread, is told that it was
 /// stopped: its watchdogs would blame the guest for it.
 const STARVED: Nanos = Nanos(1_500_000_000);
+
+/// The counters of why translated code was left, by [`Leave`].
+const LEFT: [&str; LEAVES] = [
+    "left_chain",
+    "left_lookup",
+    "left_interpret",
+    "left_attention",
+    "left_trap",
+    "left_host_fault",
+    "left_completed",
+    "left_budget",
+    "left_edge",
+];
 
 /// A software vCPU.
 pub struct SoftVcpu {
@@ -287,6 +301,27 @@ impl SoftVcpu {
         let made = self.translator.translate(&mut self.core, linear, mode, &self.stops);
         self.core.counters.translation_ticks += host_ticks().wrapping_sub(begun);
         made
+    }
+
+    /// Has indirect jumps to `linear` find block `id`.
+    fn set_jump(&mut self, id: BlockId, linear: u64) {
+        let block = &self.translator.blocks.all[id as usize];
+        let (floating, crosses) = (block.base != 0, block.page2.is_some());
+        let landing = self.translator.code.exec(block.landing);
+        if !self.stops.is_empty() || self.check.is_some() {
+            return;
+        }
+        let kind = if floating {
+            Jump::Floating
+        } else {
+            let last = if crosses { (linear | 0xfff).wrapping_add(1) } else { linear };
+            let mut global = |at| self.core.fetch_page(at).is_ok_and(|page| page.global);
+            Jump::Fixed { global: global(linear) && global(last), crosses }
+        };
+        let core = &mut *self.core;
+        let view = core.mode().view();
+        core.counters.jump_conflicts += u64::from(core.mmu.jump_taken(&core.ctx, view, linear));
+        core.mmu.set_jump(&mut core.ctx, view, linear, landing, kind);
     }
 
     /// Collects the breakpoints; no translation may run into a new one.
@@ -576,6 +611,7 @@ impl SoftVcpu {
             self.enter(at);
             let ctx = self.core.c();
             let (leave, arg, rip) = (ctx.leave, ctx.arg, ctx.rip);
+            self.core.counters.left[leave as usize % LEAVES] += 1;
             let begun = [Leave::Trap, Leave::Interpret, Leave::Budget].iter().any(|l| leave == *l as u32);
             if !begun {
                 // Answers that nobody asked for again: the instruction was rewritten meanwhile.
@@ -600,26 +636,18 @@ impl SoftVcpu {
                     };
                     let block = &self.translator.blocks.all[id as usize];
                     if l == Leave::Lookup as u32 {
-                        let landing = self.translator.code.exec(block.landing);
-                        let (floating, chainable) = (block.base != 0, block.chainable());
-                        let view = self.core.mode().view();
-                        let global = floating || self.core.fetch_page(rip).is_ok_and(|f| f.global);
-                        if chainable && self.stops.is_empty() && self.check.is_none() {
-                            self.core.mmu.set_jump(
-                                &mut self.core.ctx,
-                                view,
-                                rip,
-                                landing,
-                                (global, floating),
-                            );
-                        }
+                        self.set_jump(id, rip);
                     } else if flushes == self.core.counters.cache_flushes
-                        && block.chainable()
                         && self.stops.is_empty()
                         && self.check.is_none()
                     {
                         let (head, base) = (block.head, block.base);
-                        if l == Leave::Chain as u32 {
+                        if !block.chainable() {
+                            self.set_jump(id, rip);
+                            if l == Leave::Chain as u32 {
+                                self.translator.detour(arg, rip, self.core.mode().view());
+                            }
+                        } else if l == Leave::Chain as u32 {
                             self.translator.code.patch(arg, head);
                         } else if base != 0 {
                             self.translator.link(arg, base, head);
@@ -814,6 +842,7 @@ impl Vcpu for SoftVcpu {
             ("code_invalidations", c.code_invalidations),
             ("lookups", c.lookups),
             ("entries", c.entries),
+            ("jump_conflicts", c.jump_conflicts),
             ("slow_accesses", c.slow_accesses),
             ("tlb_misses", c.tlb_misses),
             ("tlb_flushes", c.tlb_flushes),
@@ -834,6 +863,7 @@ impl Vcpu for SoftVcpu {
             ]);
         }
         all.extend(self.retired().map(|count| ("retired_instructions", count)));
+        all.extend(LEFT.into_iter().zip(c.left));
         all.extend(self.core.straight.counts());
         all
     }

@@ -8,8 +8,8 @@
 mod tests;
 
 use iced_x86::{Code, Instruction};
+use wardian_cpu::Feature;
 use wardian_cpu::bits::{cr0, cr4, vector};
-use wardian_cpu::{CpuidContext, Feature};
 
 use super::advance;
 use super::legacy::operand::{load, store};
@@ -151,8 +151,7 @@ fn components(set: u64) -> impl Iterator<Item = u32> {
 }
 
 fn describe(core: &Core, number: u32) -> [u32; 4] {
-    let context = CpuidContext { xcr0: core.sys.xcr0, osxsave: true, ..CpuidContext::default() };
-    core.model.cpuid(0xd, number, &context)
+    core.components.get(number as usize).copied().unwrap_or_default()
 }
 
 /// (offset, length) of component `number` in the standard format, within the image in any case.

@@ -145,6 +145,19 @@ pub(crate) fn handler(insn: &Instruction) -> Handler {
         M::Int1 => transfer::int1,
         M::Int3 => transfer::int3,
         M::Into => transfer::into,
+        M::Movsb
+        | M::Movsw
+        | M::Movsd
+        | M::Movsq
+        | M::Stosb
+        | M::Stosw
+        | M::Stosd
+        | M::Stosq
+        | M::Scasb
+        | M::Cmpsb => |core, insn| string::interpret(core, insn).unwrap_or_else(|| other(core, insn)),
+        M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64 => {
+            |core, insn| fpu_ops::interpret(core, insn).unwrap_or_else(|| other(core, insn))
+        }
         M::Sysenter => |core, _| transfer::sysenter(core),
         M::Sysexit | M::Sysexitq => |core, insn| transfer::sysexit(core, insn.mnemonic() == M::Sysexitq),
         _ => other,

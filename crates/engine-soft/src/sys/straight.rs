@@ -11,11 +11,12 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use wardian_cpu::Activity;
 use wardian_cpu::bits::rflags;
 
-use super::{Handler, canonical, handler};
+use super::{Event, Handler, canonical, deliver, handler};
 use crate::bases::{self, Base};
 use crate::core::Core;
 use crate::ctx::{self, Ctx, Leave};
 use crate::mode::Mode;
+use crate::trap::Trap;
 
 /// Most instructions that are kept; then all translations are forgotten.
 const MOST: usize = 1 << 17;
@@ -133,8 +134,7 @@ impl Core {
         self.counters.interpreted += 1;
         self.journal_used = 0;
         if let Err(trap) = run(self, &insn) {
-            self.trap = Some(trap);
-            return Err(Leave::Trap);
+            return self.deliver_straight(trap);
         }
         if !self.journal.is_empty() {
             self.journal.clear();
@@ -149,6 +149,34 @@ impl Core {
             || self.c().rflags & (rflags::TF | rflags::RF) != 0;
         if odd {
             return Err(Leave::Completed);
+        }
+        self.onward().ok_or(Leave::Completed)
+    }
+
+    /// Delivers what stopped the instruction at RIP, if it is an exception and nothing else is to be seen by the run
+    /// loop. Gives where translated code goes on, or says how it is to be left.
+    pub(crate) fn deliver_straight(&mut self, trap: Trap) -> Result<u64, Leave> {
+        let plain = !self.is_counted()
+            && !self.mode().single()
+            && self.watch.is_empty()
+            && !self.alone
+            && self.undo.is_none()
+            && self.journal.is_empty()
+            && self.out.is_empty()
+            && self.c().held == 0
+            && self.c().rflags & rflags::TF == 0
+            && self.c().attention.load(Ordering::Acquire) == 0;
+        let exception = match trap {
+            Trap::Exception(exception) if plain => exception,
+            trap => {
+                self.trap = Some(trap);
+                return Err(Leave::Trap);
+            }
+        };
+        self.counters.exceptions += 1;
+        if deliver(self, Event::Exception(exception)).is_err() {
+            self.trap = Some(Trap::TripleFault);
+            return Err(Leave::Trap);
         }
         self.onward().ok_or(Leave::Completed)
     }

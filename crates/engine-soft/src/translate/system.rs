@@ -1,13 +1,14 @@
-//! System instructions that are short enough to be emitted: flags that only the system may change, SWAPGS, PUSHF, and
-//! PUSH of memory.
+//! Instructions for the interpreter that are short enough to be emitted: flags that only the system may change, SWAPGS,
+//! PUSHF, PUSH of memory, and bit strings.
 
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
-use super::{ALL_FLAGS, Cold, Emit, Next, Op, Source};
+use super::{ALL_FLAGS, Cold, Emit, Loc, Next, Op, Source};
+use crate::access::{address_size, operand_segment};
 use crate::core::seg;
 use crate::ctx::{self, Ctx, Leave, View, disp};
 use crate::decode::Class;
-use crate::emit::{FLAGS, reg::T0, reg::T1, scratch, seg_base};
+use crate::emit::{FLAGS, host_of, reg::T0, reg::T1, scratch, seg_base, slot};
 use crate::mode::Mode;
 
 /// Displacement of byte `n` of RFLAGS; the arithmetic flags are elsewhere.
@@ -33,6 +34,12 @@ pub(super) fn emitted(insn: &Instruction, mode: Mode) -> bool {
         }
         M::Cli | M::Sti | M::Swapgs => mode.ring0(),
         M::Stac | M::Clac => mode.ring0() && mode.smap(),
+        M::Bt | M::Bts | M::Btr | M::Btc => {
+            let memory = insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register;
+            let size = insn.memory_size().size();
+            let flat = mode.flat(operand_segment(insn, true));
+            memory && flat && size >= 4 && address_size(insn, true) == 8
+        }
         _ => false,
     }
 }
@@ -107,6 +114,7 @@ impl Emit<'_> {
                 self.c.store(kernel, T0);
             }
             M::Stac | M::Clac => return self.user_pages(op, next),
+            M::Bt | M::Bts | M::Btr | M::Btc => self.bit_string(op, rip, next),
             M::Pushfq => {
                 self.clobber(ALL_FLAGS);
                 self.c.put(&[0x44, 0x0f, 0xb6, 0x6d, (FLAGS + 1) as u8]); // movzx r13d, byte [flags + 1]
@@ -122,6 +130,63 @@ impl Emit<'_> {
             }
         }
         false
+    }
+
+    /// BT, BTS, BTR and BTC on memory with the bit's number in a register: it reaches beyond the operand.
+    fn bit_string(&mut self, op: &Op, rip: u64, next: u64) {
+        let insn = &op.insn;
+        let size = insn.memory_size().size();
+        let wide = u8::from(size == 8) << 3;
+        let write = insn.mnemonic() != M::Bt;
+        let guest = insn.op1_register().number() as u8;
+        let keep = op.live_after & !op.kills != 0;
+        self.clobber(op.live_before());
+        self.address(insn, T0, true, true);
+        match host_of(guest) {
+            Some(h) if size == 8 => self.c.mov(T1, h),
+            Some(h) => self.c.put(&[0x4c | h >> 3, 0x63, 0xf0 | h & 7]), // movsxd r14, h32
+            None if size == 8 => self.c.load(T1, slot(guest)),
+            None => self.c.put(&[0x4c, 0x63, 0x75, slot(guest) as u8]), // movsxd r14, [slot]
+        }
+        let shift = if size == 8 { 6 } else { 5 };
+        self.c.put(&[0x49, 0xc1, 0xfe, shift]); // sar r14, 5 or 6
+        self.c.lea(T0, Some(T0), Some((T1, size as u8)), 0, true);
+        let segment = operand_segment(insn, true);
+        let index = self.check(0, rip, size, true, write, segment, false);
+        self.c.merge();
+        let load = |e: &mut Self| match host_of(guest) {
+            Some(h) => e.c.mov(T1, h),
+            None => e.c.load(T1, slot(guest)),
+        };
+        if write {
+            load(self);
+            self.c.put(&[0x41, 0x83, 0xe6, 8 * size as u8 - 1]); // and r14d, bits - 1
+            if keep {
+                self.c.store(scratch(0), T1);
+                self.c.restore_flags();
+                self.c.load(T1, scratch(0));
+            }
+            if insn.has_lock_prefix() {
+                self.c.put(&[0xf0]);
+            }
+            let opcode = match insn.mnemonic() {
+                M::Bts => 0xab,
+                M::Btr => 0xb3,
+                _ => 0xbb,
+            };
+            self.c.put(&[0x45 | wide, 0x0f, opcode, 0x75, 0]); // op [r13], r14
+        } else {
+            if keep {
+                self.c.restore_flags();
+            }
+            load(self);
+            self.c.put(&[0x45 | wide, 0x8b, 0x6d, 0]); // mov r13, [r13]
+            self.c.put(&[0x45 | wide, 0x0f, 0xa3, 0xf5]); // bt r13, r14
+        }
+        self.loc = Loc::Eflags;
+        if write {
+            self.finish(index, Next::Linear(next), op.live_after);
+        }
     }
 
     /// Pushes R13.

@@ -17,8 +17,8 @@ use crate::blocks::BlockId;
 use crate::core::{Core, System};
 use crate::ctx::Leave;
 use crate::fpu;
-use crate::mmu::Flush;
 use crate::mode::Mode;
+use crate::tlb::Flush;
 use crate::translate::MAX_INSNS;
 
 /// A block's first runs are checked, then those whose number is a power of two.
