@@ -181,18 +181,18 @@ impl Shop<'_> {
         let root = PciRoot::new();
         let queues = self.plan.cpus.min(MAX_DISK_QUEUES);
         for disk in disks {
-            let device = wardian_virtio::block(self.memory, self.irqs(), disk, queues);
+            let device = wardian_virtio::block(self.memory, self.irqs(), disk, queues, None);
             self.add(&root, device.map_err(|e| device_error("virtio-blk", e))?)?;
         }
         if self.plan.console != Endpoint::None {
-            let made = wardian_virtio::console(self.memory, self.irqs(), console.clone());
+            let made = wardian_virtio::console(self.memory, self.irqs(), console.clone(), None);
             let (device, input) = made.map_err(|e| device_error("virtio-console", e))?;
             if self.plan.console == Endpoint::Stdio {
                 self.input = Some(Box::new(move |bytes| input.push(bytes)));
             }
             self.add(&root, device)?;
         }
-        let entropy = wardian_virtio::entropy(self.memory, self.irqs());
+        let entropy = wardian_virtio::entropy(self.memory, self.irqs(), None);
         self.add(&root, entropy.map_err(|e| device_error("virtio-rng", e))?)?;
         root.assign().map_err(|e| device_error("pci", e))?;
         let (ports, device) = root.ports(Arc::clone(&self.power));

@@ -6,7 +6,7 @@ use wardian_backend::Disk;
 use wardian_backend::disk::SECTOR_SIZE;
 use wardian_memory::{Gpa, GuestMemory};
 
-use crate::{Buffers, Chain, VirtioDevice};
+use crate::{Buffers, Chain, OwnState, VirtioDevice};
 
 const QUEUE_SIZE: u16 = 256;
 const MAX_QUEUES: usize = 16;
@@ -95,6 +95,14 @@ impl Block {
             *to = from;
         }
         Block { disk, queues, config, id }
+    }
+
+    /// The same device with the ID that its disk had: the file may have another name now.
+    pub(crate) fn with_id(self, own: &OwnState) -> Block {
+        match *own {
+            OwnState::Block { id, .. } => Block { id, ..self },
+            _ => self,
+        }
     }
 
     fn data_len(data: &Buffers) -> Result<u64, Failure> {
@@ -209,6 +217,10 @@ impl VirtioDevice for Block {
 
     fn config(&self) -> &[u8] {
         &self.config
+    }
+
+    fn save(&self) -> OwnState {
+        OwnState::Block { id: self.id, size: self.disk.size(), read_only: self.disk.read_only() }
     }
 
     fn flush(&self) {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use wardian_backend::Output;
 use wardian_memory::GuestMemory;
 
-use crate::{Bell, Chain, VirtioDevice};
+use crate::{Bell, Chain, OwnState, VirtioDevice};
 
 const QUEUE_SIZE: u16 = 64;
 const RECEIVE: usize = 0;
@@ -28,6 +28,15 @@ struct Waiting {
 pub struct ConsoleInput(Arc<Mutex<Waiting>>);
 
 impl ConsoleInput {
+    /// The input in which what was typed waits.
+    pub(crate) fn of(own: &OwnState) -> ConsoleInput {
+        let input = ConsoleInput::default();
+        if let OwnState::Console { typed } = own {
+            input.push(typed);
+        }
+        input
+    }
+
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -114,6 +123,10 @@ impl VirtioDevice for Console {
 
     fn attach(&self, bells: Vec<Bell>) {
         self.input.waiting().bell = bells.into_iter().next();
+    }
+
+    fn save(&self) -> OwnState {
+        OwnState::Console { typed: self.input.waiting().bytes.iter().copied().collect() }
     }
 
     fn ready(&self, queue: usize) -> bool {

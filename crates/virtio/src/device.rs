@@ -2,7 +2,9 @@
 
 use wardian_memory::GuestMemory;
 
-use crate::{Bell, Chain};
+use wardian_state::Refused;
+
+use crate::{Bell, Chain, OwnState, VirtioState};
 
 /// `VIRTIO_F_RING_INDIRECT_DESC` (virtio 1.2, chapter 6).
 pub(crate) const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -33,6 +35,17 @@ pub trait VirtioDevice: Send + Sync + 'static {
     }
     /// Makes durable what the guest wrote; called when the machine stops, on any thread.
     fn flush(&self) {}
+    /// What it holds besides what the driver can see, to be saved; it is paused.
+    fn save(&self) -> OwnState {
+        OwnState::None
+    }
+    /// Whether it was built from `saved`, or could be what saved it.
+    ///
+    /// # Errors
+    /// When it is another device.
+    fn check(&self, saved: &OwnState) -> Result<(), Refused> {
+        Refused::unless::<VirtioState>(self.save() == *saved, "it belongs to another device")
+    }
     /// Handles one request on the queue's worker thread; may wait for the host. `features` are the ones
     /// that the driver took. Returns the number of bytes written to the writable buffers from their start.
     fn handle(&self, queue: usize, features: u64, mem: &GuestMemory, chain: Chain) -> u32;

@@ -14,7 +14,8 @@
 //! through `vm-memory`'s tracked slices. **Architecture Invariant:** a reset is done, as the driver sees
 //! it, when every worker has let go of the old rings.
 //!
-//! **API Boundary:** [`block`], [`console`], [`entropy`], [`PciTransport`], [`VirtioDevice`].
+//! **API Boundary:** [`block`], [`console`], [`entropy`], each with what was saved of it or without,
+//! [`PciTransport`], [`VirtioState`], [`VirtioDevice`].
 //!
 //! [`bus::pci::Function`]: wardian_bus::pci::Function
 //! [`backend`]: wardian_backend
@@ -25,6 +26,7 @@ mod block;
 mod console;
 mod device;
 mod entropy;
+mod persist;
 mod ring;
 #[cfg(test)]
 mod tests;
@@ -39,6 +41,7 @@ use wardian_memory::GuestMemory;
 
 pub use console::ConsoleInput;
 pub use device::VirtioDevice;
+pub use persist::{OwnState, QueueState, VirtioState};
 pub use ring::{Buffers, Chain};
 pub use transport::PciTransport;
 pub use worker::Bell;
@@ -55,6 +58,9 @@ pub enum VirtioError {
         #[source]
         source: wardian_bus::pci::ConfigError,
     },
+    /// It was saved as something else.
+    #[error(transparent)]
+    State(#[from] wardian_state::Refused),
     /// The host has no threads left.
     #[error("Could not start a worker of {name}")]
     Worker {
@@ -66,37 +72,60 @@ pub enum VirtioError {
     },
 }
 
-/// A block device on `disk` with `queues` queues (1 to 16, else clamped), each with a thread.
+fn make(
+    mem: &GuestMemory,
+    chip: Arc<dyn IrqChip>,
+    device: Arc<dyn VirtioDevice>,
+    saved: Option<&VirtioState>,
+) -> Result<Arc<PciTransport>, VirtioError> {
+    match saved {
+        Some(state) => PciTransport::restore(mem, chip, device, state),
+        None => PciTransport::start(mem, chip, device),
+    }
+}
+
+/// A block device on `disk` with `queues` queues (1 to 16, else clamped), each with a thread; paused, if it was `saved`.
 ///
 /// # Errors
-/// [`VirtioError::Worker`].
+/// [`VirtioError`].
 pub fn block(
     mem: &GuestMemory,
     chip: Arc<dyn IrqChip>,
     disk: Disk,
     queues: usize,
+    saved: Option<&VirtioState>,
 ) -> Result<Arc<PciTransport>, VirtioError> {
-    PciTransport::start(mem, chip, Arc::new(block::Block::new(disk, queues)))
+    let mut device = block::Block::new(disk, queues);
+    if let Some(state) = saved {
+        device = device.with_id(&state.own);
+    }
+    make(mem, chip, Arc::new(device), saved)
 }
 
-/// A console with one port, which prints to `output` (hvc0 in Linux), and the way to type into it.
+/// A console with one port, which prints to `output` (hvc0 in Linux), and the way to type into it; paused, if it was
+/// `saved`.
 ///
 /// # Errors
-/// [`VirtioError::Worker`].
+/// [`VirtioError`].
 pub fn console(
     mem: &GuestMemory,
     chip: Arc<dyn IrqChip>,
     output: Output,
+    saved: Option<&VirtioState>,
 ) -> Result<(Arc<PciTransport>, ConsoleInput), VirtioError> {
-    let input = ConsoleInput::default();
+    let input = saved.map_or_else(ConsoleInput::default, |state| ConsoleInput::of(&state.own));
     let device = console::Console::new(output, input.clone());
-    Ok((PciTransport::start(mem, chip, Arc::new(device))?, input))
+    Ok((make(mem, chip, Arc::new(device), saved)?, input))
 }
 
-/// A source of random bytes.
+/// A source of random bytes; paused, if it was `saved`.
 ///
 /// # Errors
-/// [`VirtioError::Worker`].
-pub fn entropy(mem: &GuestMemory, chip: Arc<dyn IrqChip>) -> Result<Arc<PciTransport>, VirtioError> {
-    PciTransport::start(mem, chip, Arc::new(entropy::Entropy))
+/// [`VirtioError`].
+pub fn entropy(
+    mem: &GuestMemory,
+    chip: Arc<dyn IrqChip>,
+    saved: Option<&VirtioState>,
+) -> Result<Arc<PciTransport>, VirtioError> {
+    make(mem, chip, Arc::new(entropy::Entropy), saved)
 }

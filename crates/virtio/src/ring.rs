@@ -187,6 +187,19 @@ impl Ring {
         Ok(Ring { queue, mem: mem.clone(), event_idx })
     }
 
+    /// The ring at `layout`, at `position` ([`Ring::position`]).
+    pub(crate) fn resume(
+        mem: &GuestMemory,
+        layout: Layout,
+        event_idx: bool,
+        position: (u16, u16),
+    ) -> Result<Ring, Broken> {
+        let mut ring = Ring::new(mem, layout, event_idx)?;
+        ring.queue.set_next_avail(position.0);
+        ring.queue.set_next_used(position.1);
+        Ok(ring)
+    }
+
     /// The next request, if there is one.
     pub(crate) fn pop(&mut self) -> Result<Option<Chain>, Broken> {
         let chain = self.queue.iter(self.mem.ram())?.next();

@@ -11,7 +11,7 @@ use wardian_memory::GuestMemory;
 use crate::device::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use crate::ring::{Layout, Ring};
 use crate::worker::{Active, Bell, NO_VECTOR, Shared, Slot};
-use crate::{VirtioDevice, VirtioError};
+use crate::{VirtioDevice, VirtioError, VirtioState};
 
 const VENDOR: u16 = 0x1af4;
 const FIRST_DEVICE: u16 = 0x1040;
@@ -19,14 +19,14 @@ const VENDOR_CAPABILITY: u8 = 0x09;
 
 /// The one BAR, 64 bits wide, and what lies where in it, a page each.
 const BAR: usize = 0;
-const BAR_LEN: u64 = 0x8000;
+pub(crate) const BAR_LEN: u64 = 0x8000;
 const PAGE: u64 = 0x1000;
 const COMMON: u64 = 0x0000;
 const ISR: u64 = 0x1000;
 const DEVICE: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
-const TABLE: u64 = 0x4000;
-const PENDING: u64 = 0x5000;
+pub(crate) const TABLE: u64 = 0x4000;
+pub(crate) const PENDING: u64 = 0x5000;
 const COMMON_LEN: usize = 0x40;
 /// Bytes between the doorbells of two queues.
 const NOTIFY_STEP: u32 = 4;
@@ -37,21 +37,21 @@ const STATUS_FEATURES_OK: u8 = 8;
 const STATUS_NEEDS_RESET: u8 = 64;
 
 #[derive(Clone, Copy)]
-struct QueueRegisters {
-    layout: Layout,
-    enabled: bool,
+pub(crate) struct QueueRegisters {
+    pub(crate) layout: Layout,
+    pub(crate) enabled: bool,
 }
 
-struct Registers {
-    pci: ConfigSpace,
-    device_feature_select: u32,
-    driver_feature_select: u32,
-    driver_features: u64,
-    status: u8,
+pub(crate) struct Registers {
+    pub(crate) pci: ConfigSpace,
+    pub(crate) device_feature_select: u32,
+    pub(crate) driver_feature_select: u32,
+    pub(crate) driver_features: u64,
+    pub(crate) status: u8,
     /// The status before a reset that the workers have yet to see, or 0.
-    resetting: u8,
-    queue_select: u16,
-    queues: Vec<QueueRegisters>,
+    pub(crate) resetting: u8,
+    pub(crate) queue_select: u16,
+    pub(crate) queues: Vec<QueueRegisters>,
 }
 
 /// One virtio device as a PCI function: registers here, a worker thread for each queue.
@@ -59,12 +59,12 @@ struct Registers {
 /// Lock order: the registers, then a worker's mailbox; MSI-X and the interrupt chip are called without the
 /// registers locked, but for `DEVICE_NEEDS_RESET`.
 pub struct PciTransport {
-    shared: Arc<Shared>,
-    registers: Mutex<Registers>,
-    features: u64,
-    max_sizes: Vec<u16>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) registers: Mutex<Registers>,
+    pub(crate) features: u64,
+    pub(crate) max_sizes: Vec<u16>,
     /// Offset of the message control word of MSI-X.
-    msix_control: usize,
+    pub(crate) msix_control: usize,
     /// Offset of the configuration access capability (4.1.4.9).
     window: usize,
     workers: Vec<JoinHandle<()>>,
@@ -114,6 +114,29 @@ impl PciTransport {
         chip: Arc<dyn IrqChip>,
         device: Arc<dyn VirtioDevice>,
     ) -> Result<Arc<PciTransport>, VirtioError> {
+        Self::build(mem, chip, device, None)
+    }
+
+    /// The transport of `device` that was saved as `state`, paused: [`PciTransport::resume`] lets the workers go, which
+    /// look at every ring then.
+    ///
+    /// # Errors
+    /// [`VirtioError::State`] and what else [`PciTransport::start`] says.
+    pub fn restore(
+        mem: &GuestMemory,
+        chip: Arc<dyn IrqChip>,
+        device: Arc<dyn VirtioDevice>,
+        state: &VirtioState,
+    ) -> Result<Arc<PciTransport>, VirtioError> {
+        Self::build(mem, chip, device, Some(state))
+    }
+
+    fn build(
+        mem: &GuestMemory,
+        chip: Arc<dyn IrqChip>,
+        device: Arc<dyn VirtioDevice>,
+        state: Option<&VirtioState>,
+    ) -> Result<Arc<PciTransport>, VirtioError> {
         let max_sizes = device.queue_sizes();
         let msix = MsiX::new(chip, max_sizes.len() as u16 + 1);
         let (pci, msix_control, window) = layout(&*device, &msix)
@@ -152,6 +175,10 @@ impl PciTransport {
             window,
             workers: Vec::new(),
         };
+        if let Some(state) = state {
+            transport.begin_pause();
+            transport.load(state)?;
+        }
         for queue in 0..transport.max_sizes.len() {
             let shared = Arc::clone(&transport.shared);
             let name = format!("{}:{queue}", shared.device.name());
@@ -161,10 +188,13 @@ impl PciTransport {
                 .map_err(|source| VirtioError::Worker { name, source })?;
             transport.workers.push(worker);
         }
+        if state.is_some() {
+            transport.pause();
+        }
         Ok(Arc::new(transport))
     }
 
-    fn registers(&self) -> MutexGuard<'_, Registers> {
+    pub(crate) fn registers(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

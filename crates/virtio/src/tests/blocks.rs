@@ -36,7 +36,7 @@ struct Setup {
 
 fn open(path: &Path, format: Format, read_only: bool, queues: usize) -> Driver {
     let disk = Disk::open(&DiskOptions { path: path.to_owned(), format: Some(format), read_only }).unwrap();
-    Driver::new(memory(), |mem, chip| crate::block(mem, chip, disk, queues).unwrap())
+    Driver::new(memory(), |mem, chip| crate::block(mem, chip, disk, queues, None).unwrap())
 }
 
 fn raw(features: u64) -> Setup {

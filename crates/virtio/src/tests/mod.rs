@@ -3,4 +3,5 @@
 mod blocks;
 mod driver;
 mod others;
+mod persist;
 mod registers;

@@ -26,7 +26,7 @@ fn console() -> (Driver, ConsoleInput, Output, Paper) {
     let output = Output::new("paper", paper.clone()).unwrap();
     let mut input = None;
     let driver = Driver::new(memory(), |mem, chip| {
-        let (device, typed) = crate::console(mem, chip, output.clone()).unwrap();
+        let (device, typed) = crate::console(mem, chip, output.clone(), None).unwrap();
         input = Some(typed);
         device
     });
@@ -70,7 +70,7 @@ fn what_is_typed_waits_for_buffers_and_buffers_wait_for_it() {
 
 #[test]
 fn random_bytes_fill_what_is_asked_for_up_to_a_bound() {
-    let mut driver = Driver::new(memory(), |mem, chip| crate::entropy(mem, chip).unwrap());
+    let mut driver = Driver::new(memory(), |mem, chip| crate::entropy(mem, chip, None).unwrap());
     driver.start(EVENT_IDX);
     assert_eq!(driver.run(0, &[(BUFFERS, 100, true), (BUFFERS + 200, 100, true)]), 200);
     let bytes = driver.get(BUFFERS, 300);
