@@ -206,7 +206,9 @@ impl PciTransport {
         }
         // Message control goes to MSI-X as well, last: what is pending is sent only where it may be.
         msix.set_control(CONTROL_ENABLE | CONTROL_MASK);
-        state.msix_pending.iter().for_each(|vector| drop(msix.signal(*vector)));
+        for vector in &state.msix_pending {
+            let _ = msix.signal(*vector);
+        }
         for (n, word) in state.msix_table.chunks_exact(4).enumerate() {
             msix.table_write(n as u64 * 4, word);
         }
