@@ -221,6 +221,11 @@ impl PciTransport {
         }
     }
 
+    /// Makes durable what the guest wrote.
+    pub fn flush(&self) {
+        self.shared.device.flush();
+    }
+
     /// Pauses for good and makes durable what the guest wrote, whoever else still holds the device.
     pub fn stop(&self) {
         self.pause();

@@ -167,6 +167,20 @@ impl Disk {
         Ok(Disk { image, size, format, path, read_only: options.read_only, guard_magic, _lock: lock })
     }
 
+    /// Makes the file `path`, which must not exist, a qcow2 image that reads as this disk does until it is written. This
+    /// one must not be written any more then.
+    ///
+    /// # Errors
+    /// The host's; when this disk's path is not UTF-8.
+    pub fn create_overlay(&self, path: &Path) -> io::Result<()> {
+        let backing = std::path::absolute(&self.path)?;
+        let backing = backing
+            .to_str()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "its path is not UTF-8"))?;
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        qcow2::Qcow2::create(file, path, self.size, (backing, &self.format.to_string()))
+    }
+
     /// Bytes that the guest sees, a multiple of [`SECTOR_SIZE`].
     #[must_use]
     pub fn size(&self) -> u64 {

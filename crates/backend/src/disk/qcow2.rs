@@ -6,7 +6,10 @@ use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::io_buffers::{IoVector, IoVectorMut};
-use imago::{FormatDriverBuilder, PermissiveImplicitOpenGate, StorageOpenOptions, SyncFormatAccess};
+use imago::{
+    FormatCreateBuilder, FormatDriverBuilder, PermissiveImplicitOpenGate, StorageOpenOptions,
+    SyncFormatAccess,
+};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -32,6 +35,17 @@ impl Qcow2 {
             .write(writable)
             .open_sync(PermissiveImplicitOpenGate::default())?;
         Ok(Qcow2 { access: RwLock::new(SyncFormatAccess::new(image)?), writable })
+    }
+
+    /// Makes of the empty file `file` an image of `size` bytes that reads as `backing` does, until it is written.
+    pub(super) fn create(file: File, path: &Path, size: u64, backing: (&str, &str)) -> io::Result<()> {
+        let options = StorageOpenOptions::new().filename(std::path::absolute(path)?).write(true);
+        let storage = Storage::from_open_file(file, options)?;
+        let image = imago::qcow2::Qcow2::<Storage>::create_builder(storage)
+            .size(size)
+            .backing(backing.0.to_owned(), backing.1.to_owned());
+        // As `open_sync` does it; imago has no such thing for images that are made.
+        tokio::runtime::Builder::new_current_thread().build()?.block_on(image.create())
     }
 
     fn shared(&self) -> RwLockReadGuard<'_, SyncFormatAccess<Storage>> {

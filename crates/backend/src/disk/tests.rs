@@ -293,3 +293,31 @@ fn four_threads_on_one_qcow2() {
     let report = qemu_img(&["check", path.to_str().unwrap()]).unwrap();
     assert!(report.contains("No errors were found") && !report.contains("leaked"), "{report}");
 }
+
+#[test]
+fn an_overlay_reads_as_what_is_below_and_leaves_it_alone() {
+    let dir = TempDir::new().unwrap();
+    let path = raw_file(&dir, 4 * MIB);
+    let disk = Disk::open(&options(&path, Some(Format::Raw))).unwrap();
+    let data = pattern(MIB, 3);
+    write(&disk, MIB, &data).unwrap();
+    disk.flush().unwrap();
+    let over = dir.path().join("over.qcow2");
+    disk.create_overlay(&over).unwrap();
+    assert!(disk.create_overlay(&over).is_err(), "it is there already");
+    drop(disk);
+    let overlay = Disk::open(&options(&over, None)).unwrap();
+    assert_eq!((overlay.format(), overlay.size()), (Format::Qcow2, 4 * MIB));
+    assert!(read(&overlay, MIB, data.len()) == data);
+    write(&overlay, MIB + 4096, &[0xaa; 8192]).unwrap();
+    overlay.flush().unwrap();
+    // An overlay over an overlay.
+    let top = dir.path().join("top.qcow2");
+    overlay.create_overlay(&top).unwrap();
+    drop(overlay);
+    let top = Disk::open(&options(&top, None)).unwrap();
+    assert_eq!(read(&top, MIB + 4096, 8192), [0xaa; 8192]);
+    assert!(read(&top, MIB, 4096) == data[..4096]);
+    let disk = Disk::open(&options(&path, Some(Format::Raw))).unwrap();
+    assert!(read(&disk, MIB, data.len()) == data);
+}
