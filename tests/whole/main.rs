@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod boots;
+mod control;
 mod disks;
 mod gdb;
 mod input;

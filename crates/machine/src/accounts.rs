@@ -164,6 +164,10 @@ impl Account {
 
     /// What the account says now.
     pub(crate) fn read(&self) -> Reading {
+        let thread = || self.last.get().copied().or_else(|| self.thread.get().and_then(RunDelay::times));
+        if self.closed.load(Ordering::Relaxed) {
+            return Reading { thread: thread(), ..Reading::default() };
+        }
         let mut spent = [0; PHASES];
         let since = loop {
             let since = self.since.load(Ordering::Acquire);
@@ -183,7 +187,7 @@ impl Account {
             spent: spent.map(ticks_to_nanos),
             phase: Some(phase),
             stretch: ticks_to_nanos(stretch),
-            thread: self.last.get().copied().or_else(|| self.thread.get().and_then(RunDelay::times)),
+            thread: thread(),
         }
     }
 

@@ -35,6 +35,7 @@ use crate::ending::Ending;
 use crate::engine::{self, Chosen, EngineArgs};
 use crate::error::MachineError;
 use crate::host::{Input, InputRoute, Outputs};
+use crate::operate::Buttons;
 use crate::step::{StepMask, Stepped};
 use crate::vcpu::Slot;
 use crate::virtual_time;
@@ -107,6 +108,7 @@ struct Shop<'a> {
     keep: Vec<Box<dyn Any + Send + Sync>>,
     workers: Vec<Arc<dyn Worker>>,
     input: Option<Input>,
+    button: Option<Arc<Pm>>,
 }
 
 impl Shop<'_> {
@@ -138,6 +140,7 @@ impl Shop<'_> {
         let pm = Pm::new(self.queue, self.line(layout::GSI_SCI), Arc::clone(&self.power));
         let generation = GenerationId::new(self.memory, Arc::clone(&pm), generation_id(self.plan)?)?;
         self.keep.push(Box::new(generation));
+        self.button = Some(Arc::clone(&pm));
         spaces.port(layout::PM_PORTS, pm)?;
         for (ports, device) in I8042::new(Arc::clone(&self.power)).ports() {
             spaces.port(ports, device)?;
@@ -297,12 +300,17 @@ pub(crate) fn assemble(
         keep: vec![Box::new(engine)],
         workers: Vec::new(),
         input: None,
+        button: None,
     };
     shop.core(&mut spaces)?;
     shop.characters(&mut spaces, &outputs)?;
     shop.pci(&mut spaces, disks, &outputs.console)?;
     route.set(shop.input.take());
-    let (keep, workers) = (shop.keep, shop.workers);
+    let (keep, workers, button) = (shop.keep, shop.workers, shop.button);
+    let buttons = Arc::new(Buttons {
+        power: Box::new(move || button.iter().for_each(|pm| pm.press_power_button())),
+        chip: Arc::clone(&chip) as _,
+    });
     let board = Board { ports: spaces.ports, mmio: spaces.mmio, msrs: Arc::new(ChipMsrs(chip)) };
     Ok(Parts {
         name: plan.name.clone(),
@@ -314,6 +322,7 @@ pub(crate) fn assemble(
         keep,
         held,
         diary: Arc::clone(diary),
+        buttons,
         on_resume: plan.on_resume,
         lockup: plan.lockup,
     })

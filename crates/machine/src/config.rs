@@ -318,7 +318,7 @@ fn address<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Address>, D::Err
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// Name of the machine, for messages and the names of threads.
+    /// Name of the machine, by which it is found; `vm-` and the process's number if not given.
     pub name: Option<String>,
     /// Kernel: bzImage, ELF with a PVH note, or multiboot.
     pub kernel: Option<PathBuf>,
@@ -357,6 +357,8 @@ pub struct Config {
     pub gdb_wait: bool,
     /// A reset ends the machine.
     pub no_reboot: bool,
+    /// The machine begins paused.
+    pub paused: bool,
     /// What guest time follows; host if not given.
     pub time: Option<TimeSource>,
     /// Interrupts that vCPU 0 takes in virtual time are written here.
@@ -459,6 +461,7 @@ impl Config {
             gdb: over.gdb.or(self.gdb),
             gdb_wait: over.gdb_wait || self.gdb_wait,
             no_reboot: over.no_reboot || self.no_reboot,
+            paused: over.paused || self.paused,
             time: over.time.or(self.time),
             trace_interrupts: over.trace_interrupts.or(self.trace_interrupts),
             timer_policy: self.timer_policy.overridden_by(over.timer_policy),
@@ -492,7 +495,10 @@ impl Config {
             return Err(ConfigError::TraceNeedsVirtualTime);
         }
         Ok(Plan {
-            name: self.name.unwrap_or_else(|| "wardian".to_owned()),
+            name: match self.name {
+                Some(name) => checked_name(name)?,
+                None => format!("vm-{}", std::process::id()),
+            },
             kernel: self.kernel.ok_or(ConfigError::NoKernel)?,
             initrd: self.initrd,
             cmdline: self.cmdline.unwrap_or_default(),
@@ -510,6 +516,7 @@ impl Config {
             gdb_wait: self.gdb_wait && self.gdb.is_some(),
             gdb: self.gdb,
             no_reboot: self.no_reboot,
+            paused: self.paused,
             counted,
             trace_interrupts: self.trace_interrupts,
             timers: self.timer_policy.resolve(self.timer_align),
@@ -519,6 +526,20 @@ impl Config {
             events: self.events,
         })
     }
+}
+
+/// The name of a machine is that of its socket, too.
+fn checked_name(name: String) -> Result<String, ConfigError> {
+    let fine = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let begins = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+    if begins && name.len() <= 63 && name.bytes().all(fine) {
+        return Ok(name);
+    }
+    Err(bad(
+        "name for a machine",
+        &name,
+        "give 1 to 63 letters, digits, '.', '_' and '-', a letter or digit first",
+    ))
 }
 
 /// A checked configuration.
@@ -560,6 +581,8 @@ pub struct Plan {
     pub gdb_wait: bool,
     /// A reset ends the machine.
     pub no_reboot: bool,
+    /// It begins paused.
+    pub paused: bool,
     /// Guest time is the count of instructions.
     pub counted: bool,
     /// Taken interrupts are written here.
@@ -607,6 +630,7 @@ mod tests {
             gdb = 1234
             gdb-wait = true
             no-reboot = true
+            paused = true
             time = "host"
             timer-policy = "sync,pit=replay"
             timer-align = true
@@ -623,7 +647,7 @@ mod tests {
         assert!(config.disk[0].readonly && !config.disk[1].readonly);
         assert_eq!(config.disk[1].format, Some(wardian_backend::Format::Qcow2));
         assert_eq!(config.gdb, Some(wardian_gdb::Address::Port(1234)));
-        assert!(config.stats && config.gdb_wait && config.debug_exit && config.no_reboot);
+        assert!(config.stats && config.gdb_wait && config.debug_exit && config.no_reboot && config.paused);
         let plan = config.check().unwrap();
         assert_eq!((plan.memory, plan.cpus), (1 << 30, 4));
         assert_eq!(plan.timers.pit.policy, wardian_time::TickPolicy::Replay);

@@ -22,6 +22,13 @@ pub enum Happening {
         /// By how much guest time was moved for it.
         guest_moved_ns: u64,
     },
+    /// The machine starts anew.
+    Reset,
+    /// The machine has ended.
+    Ended {
+        /// The process status that comes of it.
+        status: u8,
+    },
     /// The whole process was stopped, or the host was suspended; now it goes on. The guest was told.
     Stopped {
         /// How long, by the host's clock, the time of a suspended host included.

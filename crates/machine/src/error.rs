@@ -148,6 +148,21 @@ pub enum Outcome {
     Failed(MachineError),
 }
 
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Outcome::PowerOff => f.write_str("The guest powered off"),
+            Outcome::Reset => f.write_str("The guest asked for a reset"),
+            Outcome::DebugExit(code) => write!(f, "The guest wrote {code} to the debug-exit port"),
+            Outcome::TripleFault { vcpu, rip } => {
+                write!(f, "The guest met a triple fault: vCPU {vcpu} at {rip:#x}")
+            }
+            Outcome::Outside => f.write_str("Ended from outside"),
+            Outcome::Failed(error) => error.fmt(f),
+        }
+    }
+}
+
 impl Outcome {
     /// The process status.
     #[must_use]

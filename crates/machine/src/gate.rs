@@ -63,6 +63,21 @@ impl Gate {
         self.attention[index].load(Ordering::Acquire)
     }
 
+    /// Calls vCPU `index` to look at the gate. The caller kicks it.
+    pub(crate) fn call(&self, index: usize) {
+        self.attention[index].store(true, Ordering::Release);
+    }
+
+    /// Called by the vCPU's thread: whether it need not rest. It need not look again then, until it is called.
+    pub(crate) fn dismiss(&self, index: usize) -> bool {
+        let inner = self.lock();
+        let free = !inner.leaving && !inner.must_rest(index);
+        if free {
+            self.attention[index].store(false, Ordering::Release);
+        }
+        free
+    }
+
     /// Called by the vCPU's thread, with no answer outstanding and the vCPU unlocked: rests as long as it
     /// must. Says whether to go on (false: end the thread).
     pub(crate) fn rest(&self, index: usize) -> bool {
@@ -133,6 +148,19 @@ impl Gate {
     /// How many pauses there are.
     pub(crate) fn pauses(&self) -> usize {
         self.lock().pauses
+    }
+
+    /// Whether there is a pause and every vCPU rests.
+    pub(crate) fn is_paused(&self) -> bool {
+        let inner = self.lock();
+        inner.pauses > 0 && !inner.is.contains(&Is::Running)
+    }
+
+    /// Whether every vCPU that is left is held.
+    pub(crate) fn all_held(&self) -> bool {
+        let inner = self.lock();
+        let mut left = inner.is.iter().zip(&inner.held).filter(|(is, _)| **is != Is::Gone).peekable();
+        left.peek().is_some() && left.all(|(_, held)| *held)
     }
 
     /// Whether a vCPU would run if the holds of `which` and `fewer` pauses were gone.

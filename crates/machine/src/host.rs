@@ -1,5 +1,8 @@
 //! The host's side that outlives a reset: outputs, the terminal, signals.
 
+use std::fs::File;
+use std::io::{ErrorKind, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, Once, PoisonError, Weak};
@@ -8,9 +11,9 @@ use std::thread::JoinHandle;
 use wardian_backend::{Event, EventLoop, Next, Output, Terminal};
 
 use crate::config::{Endpoint, Plan};
+use crate::control::Control;
 use crate::ending::{End, Ending};
 use crate::error::MachineError;
-use crate::lifecycle::Control;
 
 /// Takes typed bytes for the guest, as many as it has room for.
 pub(crate) type Input = Box<dyn FnMut(&[u8]) -> usize + Send>;
@@ -34,6 +37,78 @@ impl InputRoute {
     }
 }
 
+/// Gets what the guest prints on the terminal. Called on the thread that writes it; must not wait for long.
+pub type Screen = Arc<dyn Fn(&[u8]) + Send + Sync>;
+
+/// Where the machine's terminal ("stdio") is.
+#[derive(Clone, Default)]
+pub struct Seat {
+    /// Not at the process's standard streams: standard input is left alone, nothing is printed.
+    pub detached: bool,
+    /// Who else sees what is printed.
+    pub screen: Option<Screen>,
+}
+
+impl Seat {
+    fn output(&self) -> std::io::Result<Output> {
+        match (&self.screen, self.detached) {
+            (None, true) => Output::null(),
+            (None, false) => Output::stdout(),
+            (Some(screen), detached) => {
+                let stdout =
+                    (!detached).then(|| std::io::stdout().as_fd().try_clone_to_owned()).transpose()?;
+                Output::new("stdout", Split { stdout: stdout.map(File::from), screen: Arc::clone(screen) })
+            }
+        }
+    }
+}
+
+/// Standard output, as long as it takes anything, and a screen.
+struct Split {
+    stdout: Option<File>,
+    screen: Screen,
+}
+
+impl Write for Split {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let taken = match self.stdout.as_mut().map(|stdout| stdout.write(bytes)) {
+            None => bytes.len(),
+            Some(Ok(taken @ 1..)) => taken,
+            // The thread behind the output comes again.
+            Some(Err(error)) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {
+                return Err(error);
+            }
+            Some(failed) => {
+                if let Err(error) = failed
+                    && error.kind() != ErrorKind::BrokenPipe
+                {
+                    tracing::error!("Standard output failed and is given up: {error}");
+                }
+                self.stdout = None;
+                bytes.len()
+            }
+        };
+        (self.screen)(&bytes[..taken]);
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Types on the machine's terminal.
+#[derive(Clone)]
+pub struct Keyboard(pub(crate) InputRoute);
+
+impl Keyboard {
+    /// Offers bytes; says how many the guest had room for.
+    #[must_use]
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        self.0.offer(bytes)
+    }
+}
+
 /// Where the guest's character devices print.
 #[derive(Clone)]
 pub(crate) struct Outputs {
@@ -48,7 +123,7 @@ pub(crate) struct Outputs {
 
 impl Outputs {
     /// Opens them; files are created or emptied.
-    pub(crate) fn open(plan: &Plan) -> Result<Outputs, MachineError> {
+    pub(crate) fn open(plan: &Plan, seat: &Seat) -> Result<Outputs, MachineError> {
         let host = |source| MachineError::Host { what: "an output thread", source: Box::new(source) };
         let mut stdout = None;
         let file = |path: &PathBuf| {
@@ -59,7 +134,7 @@ impl Outputs {
             Endpoint::File(path) => file(path),
             Endpoint::Stdio => match &stdout {
                 Some(shared) => Ok(Output::clone(shared)),
-                None => Ok(stdout.insert(Output::stdout().map_err(host)?).clone()),
+                None => Ok(stdout.insert(seat.output().map_err(host)?).clone()),
             },
         };
         Ok(Outputs {
@@ -123,12 +198,11 @@ impl Pauser {
     fn start(control: Control) -> std::io::Result<Pauser> {
         let (asked, next) = channel();
         let thread = std::thread::Builder::new().name("pauser".into()).spawn(move || {
-            let mut paused = None;
             while let Ok(Some(pause)) = next.recv() {
-                match (pause, &paused) {
-                    (true, None) => paused = control.pause(),
-                    (true, Some(_)) => {}
-                    (false, _) => paused = None,
+                if pause {
+                    control.park();
+                } else {
+                    control.unpark(None);
                 }
             }
         })?;

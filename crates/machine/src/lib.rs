@@ -18,14 +18,16 @@
 //! where a vCPU makes no progress all the same, [`Verdict`] says whose doing it is.
 //!
 //! **API Boundary:** [`Config`], [`Machine`], [`Control`], [`Outcome`], [`MachineError`], [`status`], [`Stats`],
-//! [`Event`].
+//! [`Event`], [`Tree`]; for who stands beside it, [`Seat`], [`Keyboard`], [`About`].
 #![forbid(unsafe_code)]
 
+mod about;
 mod accounts;
 mod assemble;
 mod board;
 mod checkup;
 mod config;
+mod control;
 mod diary;
 mod doctor;
 mod ending;
@@ -35,27 +37,32 @@ mod gate;
 mod host;
 mod lifecycle;
 mod machine;
+mod operate;
 mod stats;
 mod step;
 #[cfg(test)]
 mod tests;
+mod tree;
 mod vcpu;
 mod verdict;
 mod virtual_time;
 mod vm;
 mod wake;
 
+pub use about::About;
 pub use accounts::TimeSpent;
 pub use checkup::{Checkup, Finding, Grade, KvmFound};
 pub use config::{
     Config, ConfigError, CpuCount, DiskArg, Endpoint, EngineChoice, LockupSeconds, MAX_CPUS, MemorySize,
     ModuleArg, OnResume, Plan, TimeSource, TimerPolicies, Timers, TscModeArg,
 };
+pub use control::{Control, Status};
 pub use diary::{Event, Happening};
 pub use error::{MachineError, Outcome, status};
-pub use lifecycle::Control;
+pub use host::{Keyboard, Screen, Seat};
 pub use machine::Machine;
 pub use stats::{ExitSummary, Stats, VcpuStats};
+pub use tree::Tree;
 pub use verdict::{Sighting, Verdict, Window};
 pub use vm::PauseGuard;
 pub use wardian_gdb::Address as DebugAddress;

@@ -6,22 +6,51 @@ use wardian_chipset::power::PowerRequest;
 use wardian_cpu::Vcpu;
 use wardian_gdb::{Door, OpenDoor, Target};
 use wardian_memory::GuestMemory;
+use wardian_time::Nanos;
 
 use crate::accounts::TimeSpent;
+use crate::control::{Control, Parking, Status};
+use crate::diary::Happening;
 use crate::ending::{End, Ending};
 use crate::error::{MachineError, Outcome};
 use crate::stats::{ExitStats, Stats, TimerStats};
-use crate::vm::{DebugHook, Parts, PauseGuard, Vm, vcpu_stats};
+use crate::vm::{DebugHook, Parts, Vm, vcpu_stats};
 
 /// Makes the parts of the machine, in their state after reset. Called for each life anew.
 pub(crate) type Assemble = Box<dyn FnMut(bool) -> Result<Parts, MachineError> + Send>;
 
 /// What outlives a reset and is shared with other threads.
+///
+/// Lock order: `parking`, `totals`, `vm`; `door` is a leaf.
 pub(crate) struct Shared {
-    cpus: usize,
-    ending: Arc<Ending>,
+    pub(crate) cpus: usize,
+    pub(crate) ending: Arc<Ending>,
     vm: Mutex<Option<Arc<Vm>>>,
     door: Mutex<Option<Arc<OpenDoor>>>,
+    pub(crate) parking: Mutex<Parking>,
+    totals: Mutex<Totals>,
+}
+
+/// What the lives of the machine that are over have come to.
+struct Totals {
+    name: String,
+    engine_name: &'static str,
+    stage: Stage,
+    exits: Vec<ExitStats>,
+    time: Vec<TimeSpent>,
+    engine: Vec<Vec<(&'static str, u64)>>,
+    reboots: u64,
+    clock: (u64, u64),
+    timers: TimerStats,
+}
+
+/// Where the machine is among its lives.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Before,
+    Lives,
+    Between,
+    After,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -29,8 +58,49 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    fn vm(&self) -> Option<Arc<Vm>> {
+    pub(crate) fn vm(&self) -> Option<Arc<Vm>> {
         lock(&self.vm).clone()
+    }
+
+    /// What the machine is at.
+    pub(crate) fn status(&self) -> Status {
+        let stage = lock(&self.totals).stage;
+        match (stage, self.vm()) {
+            (Stage::After, _) => Status::Ended,
+            (Stage::Lives, Some(vm)) => vm.status(),
+            (Stage::Between, _) | (_, Some(_)) => Status::Resetting,
+            (Stage::Before | Stage::Lives, None) => Status::Starting,
+        }
+    }
+
+    /// What was counted, with the present life.
+    pub(crate) fn stats(&self) -> Stats {
+        let totals = lock(&self.totals);
+        let vm = self.vm();
+        let live = vm.as_deref();
+        let clock = live.map_or(totals.clock, Vm::clock);
+        let engine = live.map_or_else(|| totals.engine.clone(), Vm::engine_counters);
+        let lives = live.map(Vm::time_spent).unwrap_or_default();
+        let of_vcpu = |index: usize| {
+            let exits = ExitStats::default();
+            exits.add(&totals.exits[index]);
+            if let Some(vm) = live {
+                vm.add_stats_of(index, &exits);
+            }
+            let mut time = totals.time[index];
+            if let Some(life) = lives.get(index) {
+                time += *life;
+            }
+            vcpu_stats(index, time, &exits, engine.get(index).cloned().unwrap_or_default(), clock.1)
+        };
+        Stats {
+            name: totals.name.clone(),
+            engine: totals.engine_name.to_owned(),
+            guest_ns: clock.0,
+            reboots: totals.reboots,
+            vcpus: (0..self.cpus).map(of_vcpu).collect(),
+            timers: live.map_or_else(|| totals.timers.clone(), Vm::timers),
+        }
     }
 
     fn door(&self) -> Option<Arc<OpenDoor>> {
@@ -72,41 +142,6 @@ impl Target for Shared {
     }
 }
 
-/// A way to pause, look at and end a machine from any thread but those of the machine itself.
-#[derive(Clone)]
-pub struct Control(Arc<Shared>);
-
-impl Control {
-    /// Pauses the machine; returns when it has stopped. Pauses nest. `None` when it does not run: before
-    /// the start, during a reset, after the end.
-    #[must_use]
-    pub fn pause(&self) -> Option<PauseGuard> {
-        self.0.vm().map(|vm| vm.pause())
-    }
-
-    /// Where the time of each vCPU went since the last reset, while the machine runs.
-    #[must_use]
-    pub fn time_spent(&self) -> Vec<TimeSpent> {
-        self.0.vm().map(|vm| vm.time_spent()).unwrap_or_default()
-    }
-
-    /// Calls `f` with vCPU `index`, which must be paused or held by a debugger; says whether it was called.
-    pub fn with_vcpu(&self, index: usize, f: &mut dyn FnMut(&mut dyn Vcpu)) -> bool {
-        self.0.with_vcpu(index, f)
-    }
-
-    /// Guest RAM, while the machine runs.
-    #[must_use]
-    pub fn memory(&self) -> Option<GuestMemory> {
-        Target::memory(&*self.0)
-    }
-
-    /// Ends the machine; [`Outcome::Outside`] is what comes of it.
-    pub fn end(&self) {
-        self.0.ending.request(End::Outside);
-    }
-}
-
 /// A machine that is built and may run.
 pub(crate) struct Runner {
     assemble: Assemble,
@@ -114,40 +149,51 @@ pub(crate) struct Runner {
     no_reboot: bool,
     shared: Arc<Shared>,
     door: Option<Door>,
-    exits: Vec<ExitStats>,
-    time: Vec<TimeSpent>,
-    engine: Vec<Vec<(&'static str, u64)>>,
-    reboots: u64,
-    name: String,
-    clock: (u64, u64),
-    timers: TimerStats,
+    /// The first life waits for a debugger.
+    waits: bool,
+}
+
+/// How a machine begins.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Begin {
+    /// Its vCPUs are held until a debugger lets them go.
+    pub(crate) held: bool,
+    /// It is paused.
+    pub(crate) paused: bool,
+    /// Name of its engine.
+    pub(crate) engine: &'static str,
 }
 
 impl Runner {
-    /// Makes the first life of the machine, whose vCPUs are held if `held`.
+    /// Makes the first life of the machine.
     pub(crate) fn new(
         mut assemble: Assemble,
-        held: bool,
+        begin: Begin,
         no_reboot: bool,
         ending: Arc<Ending>,
     ) -> Result<Runner, MachineError> {
-        let first = assemble(held)?;
+        let first = assemble(begin.held || begin.paused)?;
         let cpus = first.slots.len();
-        let shared = Arc::new(Shared { cpus, ending, vm: Mutex::default(), door: Mutex::default() });
-        Ok(Runner {
-            assemble,
+        let totals = Totals {
             name: first.name.clone(),
-            first: Some(first),
-            no_reboot,
-            shared,
-            door: None,
-            time: vec![TimeSpent::default(); cpus],
+            engine_name: begin.engine,
+            stage: Stage::Before,
             exits: std::iter::repeat_with(ExitStats::default).take(cpus).collect(),
+            time: vec![TimeSpent::default(); cpus],
             engine: vec![Vec::new(); cpus],
             reboots: 0,
             clock: (0, 1),
             timers: TimerStats::new(),
-        })
+        };
+        let shared = Arc::new(Shared {
+            cpus,
+            ending,
+            vm: Mutex::default(),
+            door: Mutex::default(),
+            parking: Mutex::new(Parking::new(begin.paused)),
+            totals: Mutex::new(totals),
+        });
+        Ok(Runner { assemble, first: Some(first), no_reboot, shared, door: None, waits: begin.held })
     }
 
     /// Lets debuggers in once the machine runs.
@@ -160,21 +206,9 @@ impl Runner {
         Control(Arc::clone(&self.shared))
     }
 
-    /// What was counted so far.
-    pub(crate) fn stats(&self, engine_name: &str) -> Stats {
-        let rows = self.exits.iter().zip(&self.engine).zip(&self.time).enumerate();
-        Stats {
-            name: self.name.clone(),
-            engine: engine_name.to_owned(),
-            guest_ns: self.clock.0,
-            reboots: self.reboots,
-            vcpus: rows
-                .map(|(index, ((exits, engine), time))| {
-                    vcpu_stats(index, *time, exits, engine.clone(), self.clock.1)
-                })
-                .collect(),
-            timers: self.timers.clone(),
-        }
+    /// Guest time in the last life.
+    pub(crate) fn guest_time(&self) -> Nanos {
+        Nanos(lock(&self.shared.totals).clock.0)
     }
 
     /// Runs to the end.
@@ -183,6 +217,8 @@ impl Runner {
             Ok(outcome) => outcome,
             Err(error) => Outcome::Failed(error),
         };
+        lock(&self.shared.totals).stage = Stage::After;
+        self.shared.forget_parking();
         // The door holds the machine, the machine the door: this parts them.
         let door = lock(&self.shared.door).take();
         if let Some(door) = door {
@@ -204,9 +240,14 @@ impl Runner {
                 End::Power(PowerRequest::Reset) if self.no_reboot => Outcome::Reset,
                 End::Power(PowerRequest::Reset) => {
                     tracing::info!("The guest asked for a reset");
-                    self.reboots += 1;
-                    let debugged = self.shared.door().is_some();
-                    parts = (self.assemble)(debugged)?;
+                    let mut totals = lock(&self.shared.totals);
+                    totals.reboots += 1;
+                    totals.stage = Stage::Between;
+                    drop(totals);
+                    // Who is to be held or paused must not run before.
+                    let held = self.shared.door().is_some() || self.shared.is_parked();
+                    parts = (self.assemble)(held)?;
+                    parts.diary.tell(Nanos(0), false, "Starts anew".to_owned(), Happening::Reset);
                     continue;
                 }
                 End::TripleFault { vcpu, rip } => Outcome::TripleFault { vcpu, rip },
@@ -220,38 +261,52 @@ impl Runner {
     /// One life of the machine.
     fn live(&mut self, parts: Parts) -> Result<End, MachineError> {
         let host = |source| MachineError::Host { what: "a thread", source: Box::new(source) };
-        let reborn = self.reboots > 0;
+        let (reborn, held) = (lock(&self.shared.totals).reboots > 0, parts.held);
         let weak = Arc::downgrade(&self.shared);
         let hook: DebugHook = Arc::new(move |index, event| {
             weak.upgrade().and_then(|shared| shared.door()).is_some_and(|door| door.stopped(index, event))
         });
         let vm = Vm::new(parts, Arc::clone(&self.shared.ending), hook);
-        *lock(&self.shared.vm) = Some(Arc::clone(&vm));
+        {
+            let mut totals = lock(&self.shared.totals);
+            *lock(&self.shared.vm) = Some(Arc::clone(&vm));
+            totals.stage = Stage::Lives;
+        }
         let started = vm.start().map_err(host).and_then(|()| {
-            if let Some(door) = self.door.take() {
+            let debugged = if let Some(door) = self.door.take() {
                 let open = door.open(Arc::clone(&self.shared) as Arc<dyn Target>)?;
                 *lock(&self.shared.door) = Some(Arc::new(open));
-            } else if reborn
-                && let Some(door) = self.shared.door()
-                && !door.rebuilt()
-            {
-                vm.release(&|_| true);
+                self.waits
+            } else {
+                // A debugger that is still there keeps the hold.
+                reborn && self.shared.door().is_some_and(|door| door.rebuilt())
+            };
+            if held {
+                self.shared.park_again(&vm);
+                if !debugged {
+                    vm.release(&|_| true);
+                }
             }
             Ok(())
         });
         if started.is_ok() {
             self.shared.ending.wait();
         }
-        self.timers = vm.timers();
+        let timers = vm.timers();
         vm.finish();
         let end = self.shared.ending.take();
-        vm.add_stats(&self.exits);
-        for (total, life) in self.time.iter_mut().zip(vm.time_spent()) {
-            *total += life;
+        {
+            // At once, so that nobody counts this life twice.
+            let mut totals = lock(&self.shared.totals);
+            vm.add_stats(&totals.exits);
+            for (total, life) in totals.time.iter_mut().zip(vm.time_spent()) {
+                *total += life;
+            }
+            totals.timers = timers;
+            totals.engine = vm.engine_counters();
+            totals.clock = vm.clock();
+            *lock(&self.shared.vm) = None;
         }
-        self.engine = vm.engine_counters();
-        self.clock = vm.clock();
-        *lock(&self.shared.vm) = None;
         started?;
         Ok(end.unwrap_or(End::Outside))
     }

@@ -5,14 +5,16 @@ use std::sync::Arc;
 use wardian_backend::Output;
 use wardian_gdb::{Address, Door};
 
+use crate::about::About;
 use crate::assemble::assemble;
 use crate::config::{Config, Endpoint, Plan};
-use crate::diary::Diary;
+use crate::control::Control;
+use crate::diary::{Diary, Happening};
 use crate::ending::Ending;
 use crate::engine::{self, Chosen};
 use crate::error::{MachineError, Outcome};
-use crate::host::{Attached, InputRoute, Outputs};
-use crate::lifecycle::{Control, Runner};
+use crate::host::{Attached, InputRoute, Keyboard, Outputs, Seat};
+use crate::lifecycle::{Begin, Runner};
 use crate::stats::Stats;
 
 /// A machine that is built and has not run yet, or has run.
@@ -20,10 +22,13 @@ pub struct Machine {
     runner: Runner,
     ending: Arc<Ending>,
     route: InputRoute,
+    /// A device of the guest uses the terminal.
     terminal: bool,
+    /// The terminal is not the process's own.
+    detached: bool,
+    about: About,
     debugger: Option<Address>,
     diary: Arc<Diary>,
-    engine: Chosen,
     engine_reason: String,
 }
 
@@ -34,15 +39,25 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`]; [`MachineError::status`] says whose fault it is.
     pub fn build(config: Config) -> Result<Machine, MachineError> {
+        Machine::build_at(config, Seat::default())
+    }
+
+    /// Likewise, with its terminal at `seat`.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn build_at(config: Config, seat: Seat) -> Result<Machine, MachineError> {
         let plan = config.check()?;
         let (ending, route) = (Ending::new(), InputRoute::default());
         let terminal = plan.serial == Endpoint::Stdio || plan.console == Endpoint::Stdio;
         let (engine, engine_reason) = engine::decide(&plan)?;
         let debugger = plan.gdb.clone();
-        let (no_reboot, held) = (plan.no_reboot, plan.gdb_wait);
+        let begin = Begin { held: plan.gdb_wait, paused: plan.paused, engine: engine.name() };
+        let (no_reboot, about) = (plan.no_reboot, About::of(&plan));
         let (diary, events) = (Diary::new(), plan.events.clone());
-        let assemble = maker(plan, engine.clone(), Arc::clone(&ending), route.clone(), Arc::clone(&diary));
-        let mut runner = Runner::new(assemble, held, no_reboot, Arc::clone(&ending))?;
+        let detached = seat.detached;
+        let assemble = maker(plan, engine, seat, Arc::clone(&ending), route.clone(), Arc::clone(&diary));
+        let mut runner = Runner::new(assemble, begin, no_reboot, Arc::clone(&ending))?;
         if let Some(path) = events {
             diary.write_to(Output::file(&path).map_err(|source| MachineError::Output { path, source })?);
         }
@@ -52,7 +67,17 @@ impl Machine {
             opened = Some(door.address().clone());
             runner.set_door(door);
         }
-        Ok(Machine { runner, ending, route, terminal, debugger: opened, diary, engine, engine_reason })
+        Ok(Machine {
+            runner,
+            ending,
+            route,
+            terminal,
+            detached,
+            about,
+            debugger: opened,
+            diary,
+            engine_reason,
+        })
     }
 
     /// From now on `listener` gets what happens to the machine, on whichever thread it happens. It must not
@@ -73,6 +98,18 @@ impl Machine {
         self.debugger.as_ref()
     }
 
+    /// What the machine is made of.
+    #[must_use]
+    pub fn about(&self) -> &About {
+        &self.about
+    }
+
+    /// The keyboard of the machine's terminal, if a device of the guest has that.
+    #[must_use]
+    pub fn keyboard(&self) -> Option<Keyboard> {
+        self.terminal.then(|| Keyboard(self.route.clone()))
+    }
+
     /// A way to pause, look at and end the machine from other threads.
     #[must_use]
     pub fn control(&self) -> Control {
@@ -83,13 +120,16 @@ impl Machine {
     /// if a device of its has it, the first SIGINT, SIGTERM, SIGQUIT or SIGHUP ends the machine, SIGUSR1 pauses
     /// it and SIGUSR2 lets it go on.
     pub fn run(&mut self) -> Outcome {
-        let attached = match Attached::attach(self.terminal, &self.route, &self.ending, self.control()) {
+        let terminal = self.terminal && !self.detached;
+        let attached = match Attached::attach(terminal, &self.route, &self.ending, self.control()) {
             Ok(attached) => attached,
             Err(error) => return Outcome::Failed(error),
         };
         let outcome = self.runner.run();
         self.route.set(None);
         drop(attached);
+        let what = Happening::Ended { status: outcome.status() };
+        self.diary.tell(self.runner.guest_time(), false, outcome.to_string(), what);
         self.diary.drain();
         outcome
     }
@@ -97,7 +137,7 @@ impl Machine {
     /// What was counted.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.runner.stats(self.engine.name())
+        self.control().stats()
     }
 }
 
@@ -105,6 +145,7 @@ impl Machine {
 fn maker(
     plan: Plan,
     chosen: Chosen,
+    seat: Seat,
     ending: Arc<Ending>,
     route: InputRoute,
     diary: Arc<Diary>,
@@ -116,7 +157,7 @@ fn maker(
         }
         let outputs = || match &opened {
             Some(outputs) => Ok(outputs.clone()),
-            None => Ok(opened.insert(Outputs::open(&plan)?).clone()),
+            None => Ok(opened.insert(Outputs::open(&plan, &seat)?).clone()),
         };
         assemble(&plan, chosen.clone(), &ending, outputs, &route, &diary, held)
     })

@@ -8,7 +8,7 @@ use std::time::Duration;
 use wardian_bus::{Access, Bus, Device};
 use wardian_chipset::power::{PowerRequest, PowerSink};
 use wardian_cpu::{Answer, CpuState, DebugEvent, DebugRequest, EngineError, Exit, Glance, Vcpu};
-use wardian_irq::{Kick, Quiet};
+use wardian_irq::{Delivery, Gsi, IrqChip, Kick, MsiMessage, Quiet};
 use wardian_memory::GuestMemory;
 use wardian_time::{ResumePolicy, TimeBase, TimerQueue};
 
@@ -16,9 +16,12 @@ use crate::board::{Board, Msrs};
 use crate::diary::Diary;
 use crate::ending::{End, Ending};
 use crate::error::{MachineError, Outcome, status};
-use crate::lifecycle::Runner;
+use crate::lifecycle::{Begin, Runner};
+use crate::operate::Buttons;
 use crate::vcpu::Slot;
 use crate::vm::{Parts, Vm};
+
+mod operating;
 
 /// What a script does next.
 enum Step {
@@ -194,8 +197,27 @@ fn parts(toy: &Arc<Toy>, ending: &Arc<Ending>, vcpus: Vec<Scripted>, held: bool)
         keep: Vec::new(),
         held,
         diary: Diary::new(),
+        buttons: Arc::new(Buttons {
+            power: Box::new({
+                let ending = Arc::clone(ending);
+                move || PowerSink::request(&*ending, PowerRequest::PowerOff)
+            }),
+            chip: Arc::new(Wires),
+        }),
         on_resume: ResumePolicy::Freeze,
-        lockup: None,
+        lockup: Some(Duration::from_secs(20)),
+    }
+}
+
+/// Interrupt chips that nothing comes through.
+struct Wires;
+
+impl IrqChip for Wires {
+    fn set_line(&self, _gsi: Gsi, _level: bool) -> Delivery {
+        Delivery::Masked
+    }
+    fn signal_msi(&self, _message: MsiMessage) -> Delivery {
+        Delivery::Masked
     }
 }
 
@@ -221,7 +243,7 @@ fn run(lives: Vec<Vec<Scripted>>, no_reboot: bool) -> (Outcome, Runner, Arc<Toy>
         let vcpus = lives.next().expect("no more lives");
         Ok(parts(&toy_of_assemble, &of_assemble, vcpus, held))
     };
-    let mut runner = Runner::new(Box::new(assemble), false, no_reboot, ending).unwrap();
+    let mut runner = Runner::new(Box::new(assemble), Begin::default(), no_reboot, ending).unwrap();
     let outcome = runner.run();
     (outcome, runner, toy)
 }
@@ -277,7 +299,7 @@ fn exits_reach_their_device_and_answers_come_back() {
     assert_eq!(*answers.lock().unwrap(), want, "nothing runs after the power-off");
     let writes = toy.writes.lock().unwrap().clone();
     assert_eq!(writes, [(3, 0, vec![0xdd, 0xcc, 0xbb, 0xaa]), (16, 0, vec![0x45, 0x23])]);
-    let stats = runner.stats("script");
+    let stats = runner.control().stats();
     let count = |kind: &str| stats.vcpus[0].exits.iter().find(|e| e.kind == kind).map_or(0, |e| e.count);
     assert_eq!((count("port-in"), count("port-out"), count("mmio-read"), count("msr-write")), (2, 2, 2, 2));
     assert_eq!(stats.vcpus[0].engine["steps_left"], 1);
@@ -317,7 +339,7 @@ fn a_reset_builds_the_machine_anew() {
     let (outcome, runner, toy) = run(vec![first, second], false);
     assert!(matches!(outcome, Outcome::PowerOff), "{outcome:?}");
     assert_eq!(*toy.writes.lock().unwrap(), [(0, 0, vec![9])]);
-    let stats = runner.stats("script");
+    let stats = runner.control().stats();
     assert_eq!(stats.reboots, 1);
     assert_eq!(stats.vcpus[0].exits[0].count, 3, "counters go on over a reset");
 }

@@ -28,6 +28,35 @@ pub(crate) struct Slot {
     pub(crate) stats: ExitStats,
     /// Kind of the last exit, for display.
     last: AtomicU8,
+    /// Who wants to look at the vCPU when its last answer is complete.
+    looks: Mutex<Vec<Look>>,
+}
+
+/// Something to be done with a vCPU, once, by whoever can first.
+#[derive(Clone)]
+pub(crate) struct Look(Arc<Mutex<Option<Seen>>>);
+
+type Seen = Box<dyn FnOnce(&mut dyn Vcpu) + Send>;
+
+impl Look {
+    pub(crate) fn new(seen: Seen) -> Look {
+        Look(Arc::new(Mutex::new(Some(seen))))
+    }
+
+    /// Does it, unless it is done; says whether it did.
+    pub(crate) fn take(&self, vcpu: &mut dyn Vcpu) -> bool {
+        let seen = self.cancel();
+        let there = seen.is_some();
+        if let Some(seen) = seen {
+            seen(vcpu);
+        }
+        there
+    }
+
+    /// From now on it is not done, if it was not yet.
+    pub(crate) fn cancel(&self) -> Option<Seen> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl Slot {
@@ -42,6 +71,24 @@ impl Slot {
             account: Account::default(),
             stats: ExitStats::default(),
             last: AtomicU8::new(u8::MAX),
+            looks: Mutex::default(),
+        }
+    }
+
+    fn looks(&self) -> MutexGuard<'_, Vec<Look>> {
+        self.looks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wants a look; the caller calls the vCPU to the gate and kicks it.
+    pub(crate) fn ask(&self, look: Look) {
+        self.looks().push(look);
+    }
+
+    /// Shows the vCPU, whose last answer is complete, to all who asked.
+    fn show(&self, vcpu: &mut dyn Vcpu) {
+        let looks = std::mem::take(&mut *self.looks());
+        for look in looks {
+            look.take(vcpu);
         }
     }
 
@@ -105,6 +152,12 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
     while !around.ending.is_set() {
         if around.gate.attention(slot.index) {
             if complete {
+                // First dismissed (here and by `rest`), then shown: who asks in between calls again.
+                let free = around.gate.dismiss(slot.index);
+                slot.show(&mut **vcpu);
+                if free {
+                    continue;
+                }
                 drop(vcpu);
                 account.enter(Phase::Resting, host_ticks());
                 if !around.gate.rest(slot.index) {
@@ -112,6 +165,7 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
                 }
                 end = host_ticks();
                 vcpu = slot.lock();
+                slot.show(&mut **vcpu);
                 continue;
             }
             // The engine completes the answer and comes straight back.
@@ -160,6 +214,7 @@ pub(crate) fn run_loop(slot: &Slot, around: &Surroundings<'_>) {
                     return;
                 }
                 vcpu = slot.lock();
+                slot.show(&mut **vcpu);
             }
             ref asks => {
                 answer = around.board.handle(slot.index, asks);

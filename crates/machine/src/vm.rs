@@ -17,6 +17,7 @@ use crate::diary::{Diary, Happening, seconds};
 use crate::doctor::{Bell, Doctor};
 use crate::ending::{End, Ending};
 use crate::gate::Gate;
+use crate::operate::Buttons;
 use crate::stats::{ExitStats, TimerStats, VcpuStats};
 use crate::vcpu::{Slot, Surroundings, run_loop};
 use crate::virtual_time::Pace;
@@ -49,6 +50,8 @@ pub(crate) struct Parts {
     pub(crate) held: bool,
     /// Where it is told what happens.
     pub(crate) diary: Arc<Diary>,
+    /// What an operator can press.
+    pub(crate) buttons: Arc<Buttons>,
     /// What guest time does about a pause.
     pub(crate) on_resume: ResumePolicy,
     /// How long a vCPU may make no progress; `None`: for ever.
@@ -78,6 +81,7 @@ pub(crate) struct Vm {
 
 struct Devices {
     board: Arc<Board>,
+    buttons: Arc<Buttons>,
     workers: Vec<Arc<dyn Worker>>,
     _keep: Vec<Box<dyn Any + Send + Sync>>,
 }
@@ -111,6 +115,7 @@ impl Vm {
             queue: parts.queue,
             devices: Mutex::new(Some(Devices {
                 board: Arc::new(parts.board),
+                buttons: parts.buttons,
                 workers: parts.workers,
                 _keep: parts.keep,
             })),
@@ -171,9 +176,7 @@ impl Vm {
     }
 
     fn spawn_vcpus(self: &Arc<Vm>) -> std::io::Result<()> {
-        let Some(board) = self.devices().as_ref().map(|devices| Arc::clone(&devices.board)) else {
-            return Ok(());
-        };
+        let Some(board) = self.board() else { return Ok(()) };
         for index in 0..self.slots.len() {
             let board = Arc::clone(&board);
             self.spawn(format!("vcpu{index}"), move |vm| {
@@ -187,6 +190,31 @@ impl Vm {
 
     fn devices(&self) -> MutexGuard<'_, Option<Devices>> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The devices, if they are still there.
+    pub(crate) fn board(&self) -> Option<Arc<Board>> {
+        self.devices().as_ref().map(|devices| Arc::clone(&devices.board))
+    }
+
+    /// What an operator can press, likewise.
+    pub(crate) fn buttons(&self) -> Option<Arc<Buttons>> {
+        self.devices().as_ref().map(|devices| Arc::clone(&devices.buttons))
+    }
+
+    /// The vCPUs.
+    pub(crate) fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Who may run.
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// The timers.
+    pub(crate) fn queue(&self) -> &TimerQueue {
+        &self.queue
     }
 
     fn workers(&self) -> Vec<Arc<dyn Worker>> {
@@ -312,6 +340,13 @@ impl Vm {
         }
     }
 
+    /// Exits of vCPU `index` so far, added to `total`.
+    pub(crate) fn add_stats_of(&self, index: usize, total: &ExitStats) {
+        if let Some(slot) = self.slots.get(index) {
+            total.add(&slot.stats);
+        }
+    }
+
     /// Where the time of each vCPU went so far.
     pub(crate) fn time_spent(&self) -> Vec<TimeSpent> {
         self.slots.iter().map(|slot| slot.account.time_spent()).collect()
@@ -327,7 +362,7 @@ impl Vm {
 
     /// What became of the ticks of each timer, while the machine has its devices.
     pub(crate) fn timers(&self) -> TimerStats {
-        self.devices().as_ref().map(|devices| crate::stats::timers(&devices.board)).unwrap_or_default()
+        self.board().map(|board| crate::stats::timers(&board)).unwrap_or_default()
     }
 
     /// Guest time in nanoseconds, and the rate of the host's ticks.

@@ -149,6 +149,12 @@ impl GuestMemory {
         &self.file
     }
 
+    /// Whether [`GuestMemory::file`] is an image and not what RAM is now.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        self.private
+    }
+
     /// Spans of RAM pages that may hold something else than zeros, ascending; pages are numbered through the low and
     /// then the high region. Who asks has stopped whatever writes.
     ///

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::engine::ArgValueCandidates;
 use wardian_machine::{
     Config, ConfigError, CpuCount, DebugAddress, DiskArg, Endpoint, EngineChoice, LockupSeconds, MemorySize,
     ModuleArg, OnResume, TimeSource, TimerPolicies, TscModeArg,
@@ -38,7 +39,7 @@ pub(crate) struct Cli {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Runs a machine in the foreground until it ends.
+    /// Runs a machine until it ends.
     ///
     /// With the serial port or the console on stdio the terminal belongs to the guest: Ctrl-a x ends the
     /// machine, Ctrl-a Ctrl-a types one Ctrl-a.
@@ -46,6 +47,119 @@ pub(crate) enum Command {
     Run(Box<Run>),
     /// Tells what this host offers: virtualization hardware, clocks, limits, and which engine `auto` takes.
     Doctor(crate::doctor::Doctor),
+    /// To a machine that runs.
+    #[command(flatten)]
+    Remote(Remote),
+}
+
+/// What can be done with machines that run.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Remote {
+    /// Lists the machines that run.
+    List(Output),
+    /// Says what a machine is and does.
+    Info(One),
+    /// Attaches to the terminal of a machine: what it printed last, then both ways. Ctrl-a x leaves it; the machine
+    /// goes on.
+    Console {
+        #[command(flatten)]
+        one: Name,
+        /// Bytes of the past to show first.
+        #[arg(long, value_name = "BYTES", default_value_t = 16384)]
+        past: usize,
+    },
+    /// Pauses a machine.
+    Pause(One),
+    /// Lets a paused machine go on.
+    Resume {
+        #[command(flatten)]
+        one: One,
+        /// What guest time does about the pause, instead of the machine's own --on-resume: freeze, advance or
+        /// step:SPAN.
+        #[arg(long, value_name = "POLICY")]
+        clock: Option<String>,
+    },
+    /// Ends a machine: presses its power button, and ends it at once if it is still there after a time.
+    Stop {
+        #[command(flatten)]
+        one: One,
+        /// End it at once.
+        #[arg(long)]
+        now: bool,
+        /// How long the guest has.
+        #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+        timeout: u64,
+    },
+    /// Resets a machine: it starts anew.
+    Reset(One),
+    /// Sends an NMI to the vCPUs of a machine.
+    Nmi {
+        #[command(flatten)]
+        one: One,
+        /// To this vCPU alone.
+        #[arg(long, value_name = "N")]
+        vcpu: Option<usize>,
+    },
+    /// Waits until a machine has ended; exits with the status that its `wardian run` has.
+    Wait(One),
+    /// Prints what happens to a machine, until it has ended: what was, then what comes.
+    Events {
+        #[command(flatten)]
+        one: One,
+        /// Only so many of the past.
+        #[arg(long, value_name = "N")]
+        past: Option<usize>,
+        /// Only the past.
+        #[arg(long)]
+        no_follow: bool,
+    },
+    /// Shows the state of a machine's devices and vCPUs as a tree of named values, while it runs.
+    Inspect {
+        #[command(flatten)]
+        one: One,
+        /// A part of it, such as devices/serial or vcpus/0/registers.
+        #[arg(default_value = "")]
+        path: String,
+    },
+    /// Prints a machine's counters in the text format of Prometheus; with --json, all that is counted, as
+    /// `run --stats-json` writes it.
+    Metrics(One),
+    /// Asks a machine anything that its OpenAPI document knows (GET /openapi.json).
+    Call {
+        #[command(flatten)]
+        one: Name,
+        /// GET or POST.
+        method: String,
+        /// Such as /vcpus/0.
+        path: String,
+        /// JSON to go with it.
+        body: Option<String>,
+    },
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Output {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// One machine.
+#[derive(Debug, Args)]
+pub(crate) struct Name {
+    /// Name of the machine.
+    #[arg(add = ArgValueCandidates::new(crate::remote::candidates))]
+    pub(crate) name: String,
+}
+
+/// One machine, and how to print what it says.
+#[derive(Debug, Args)]
+pub(crate) struct One {
+    #[command(flatten)]
+    pub(crate) name: Name,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 /// Fields of the machine; each is a field of the same name in the configuration file, too.
@@ -106,12 +220,25 @@ pub(crate) struct Run {
     /// Start the vCPUs only when a debugger says so.
     #[arg(long, requires = "gdb")]
     gdb_wait: bool,
-    /// Name of the machine.
+    /// Name of the machine, by which the other commands find it [default: vm- and the number of the process].
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// Run in the background: print the machine's name once it runs, and return. What uses stdio is shown by
+    /// `wardian console NAME`.
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// With --detach, write what would be printed on standard error to this file.
+    #[arg(long, value_name = "FILE", requires = "detach")]
+    pub(crate) log: Option<PathBuf>,
+    /// With --detach, print JSON.
+    #[arg(long, requires = "detach")]
+    pub(crate) json: bool,
     /// End at a reset instead of starting anew.
     #[arg(long)]
     no_reboot: bool,
+    /// Start paused: `wardian resume NAME` or USR2 lets it go on.
+    #[arg(long)]
+    paused: bool,
     /// What guest time follows: host (its clock) or virtual (1 ns for each instruction that the one vCPU
     /// retires, no time while it is halted: two runs take the same timer interrupts at the same instructions)
     /// [default: host].
@@ -182,6 +309,7 @@ impl Run {
             gdb: gdb.transpose()?,
             gdb_wait: self.gdb_wait,
             no_reboot: self.no_reboot,
+            paused: self.paused,
             time: self.time,
             trace_interrupts: self.trace_interrupts,
             timer_policy: self

@@ -140,7 +140,7 @@ fn bad_memory_cpus_and_initrds() {
     }
     refused(&["--kernel", kernel, "--cpu", "pentium"], 2, "Unknown processor model");
     refused(&["--kernel", kernel, "--cpu", "host,+warp"], 2, "Unknown processor feature");
-    refused(&["--kernel", kernel, "--engine", "kvm"], 2, "give auto or soft");
+    refused(&["--kernel", kernel, "--engine", "fast"], 2, "give auto, soft");
     refused(&["--kernel", kernel, "--serial", "pty"], 2, "give stdio, file:PATH or none");
     refused(&["--kernel", kernel, "--serial", "stdio", "--console", "stdio"], 2, "give it to one of them");
     refused(&["--kernel", kernel, "--gdb", "99999"], 2, "no address");
