@@ -7,9 +7,9 @@ use std::ptr;
 use wardian_cpu::EngineError;
 
 /// Bytes for hot code.
-pub const COLD_START: u32 = 50 << 20;
+pub const COLD_START: u32 = 28 << 20;
 /// Bytes in all.
-pub const CODE_LEN: u32 = 128 << 20;
+pub const CODE_LEN: u32 = 72 << 20;
 /// Room that must be left in each part before a superblock is translated.
 pub const MARGIN: u32 = 64 << 10;
 
