@@ -9,7 +9,8 @@ use crate::guests;
 use crate::run::{is_root, need, repository, which};
 
 /// Host programs that tests compare with or drive; a test without its program says that it is skipped.
-const TOOLS: [(&str, &str); 3] = [("qemu-img", "qemu-utils"), ("iasl", "acpica-tools"), ("gdb", "gdb")];
+const TOOLS: [(&str, &str); 4] =
+    [("curl", "curl"), ("qemu-img", "qemu-utils"), ("iasl", "acpica-tools"), ("gdb", "gdb")];
 
 #[derive(clap::Args)]
 pub struct Args {
